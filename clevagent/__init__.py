@@ -1,0 +1,75 @@
+"""ClevAgent: a runtime watchdog for LLM agents. It refuses the next call *before* the money is spent.
+
+    import clevagent
+
+    clevagent.init(agent="research", budgets=[clevagent.Budget(usd=5, per="day")])
+    model = clevagent.guard(ChatOpenAI(model="gpt-4o"))
+    with clevagent.run(budgets=[clevagent.Budget(usd=0.50)]) as run:
+        model.invoke("...")
+    print(run)
+
+Everything works without a server, an account or a key.
+"""
+
+from __future__ import annotations
+
+from clevagent._face import (
+    guard,
+    init,
+    llm_call,
+    log_cost,
+    log_tool_call,
+    ping,
+    run,
+    shutdown,
+    tool_call,
+)
+from clevagent_core.budgets import Budget
+from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
+from clevagent_core.doors import OpenLLMCall, OpenToolCall
+from clevagent_core.errors import BudgetBusy, BudgetExceeded, ClevAgentError, PluginError, Stopped, UsageError
+from clevagent_core.hookspecs import hookimpl
+from clevagent_core.pricing import Price
+from clevagent_core.runs import BudgetState, Outcome, Remaining, Run, RunSummary, Spend, Ticket
+from clevagent_core.verdicts import Incident, Stop, Warn
+from clevagent_core.watchdog import Watchdog
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetBusy",
+    "BudgetExceeded",
+    "BudgetState",
+    "ClevAgentError",
+    "Incident",
+    "LLMCall",
+    "OpenLLMCall",
+    "OpenToolCall",
+    "Outcome",
+    "PluginError",
+    "Price",
+    "Remaining",
+    "Run",
+    "RunSummary",
+    "Spend",
+    "Step",
+    "Stop",
+    "Stopped",
+    "Ticket",
+    "ToolCall",
+    "Usage",
+    "UsageError",
+    "Warn",
+    "Watchdog",
+    "guard",
+    "hookimpl",
+    "init",
+    "llm_call",
+    "log_cost",
+    "log_tool_call",
+    "ping",
+    "run",
+    "shutdown",
+    "tool_call",
+]

@@ -1,0 +1,156 @@
+"""Which accounts a call of a run counts against."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from clevagent_core.budgets import OUTPUT_TOKENS, TOKENS, USD, Amounts, Budget, window_at
+from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
+from clevagent_core.errors import UsageError
+from clevagent_core.ledger.account import Account, AccountKey, Line, Notice
+
+if TYPE_CHECKING:
+    from clevagent_core.runs import Run
+
+
+class Cover(NamedTuple):
+    """The accounts that calls of one shape count against, until a window rolls over."""
+
+    lines: tuple[Line, ...]
+    budgets: tuple[Budget, ...]
+    """The budget of each line."""
+    valid_until: float
+    """When the first of the windows ends, in seconds since 1970 (UTC)."""
+    units: frozenset[int]
+    """The units that enforced lines are in: what must be known of a call before it can pass."""
+    clamp_units: tuple[int, ...]
+    """The units that depend on the output limit, and are limited."""
+    extra: Sequence[Budget]
+    """The budgets of the guarded object, kept so that their identity stays theirs."""
+
+
+_OUTPUT_UNITS = (USD, TOKENS, OUTPUT_TOKENS)
+
+
+def scopes(run: Run, extra: Sequence[Budget] = ()) -> Iterator[tuple[Budget, Run]]:
+    """Every budget in force for a call of ``run``, each with the run that its ``per="run"`` means.
+
+    A nested run counts against its own budgets and against those of every run around it. Budgets of the watchdog and of a
+    guarded object mean the outermost run.
+    """
+    current: Run | None = run
+    while current is not None:
+        for budget in current.budgets:
+            yield budget, current
+        current = current.parent
+    for budget in (*run.watchdog.settings.budgets, *extra):
+        yield budget, run.root
+
+
+def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
+    """Find, and open where needed, the accounts that ``call`` counts against.
+
+    Raises:
+        UsageError: an account is in use with another ceiling, or belongs to the process that this one was forked from.
+
+    """
+    lines: dict[int, Line] = {}
+    budgets: list[Budget] = []
+    valid_until = math.inf
+    for budget, anchor in scopes(run, extra):
+        if not budget.covers(call):
+            continue
+        enforced = budget.on_exceed != "warn" and not run.dry_run
+        for unit, ceiling in budget.limits():
+            account = _open(run, anchor, budget, unit, ceiling, call.thread_id)
+            if id(account) in lines:
+                continue
+            lines[id(account)] = Line(account, unit, enforced)
+            budgets.append(budget)
+            valid_until = min(valid_until, account.ends_at)
+    found = tuple(lines.values())
+    enforced_units = frozenset(line.unit for line in found if line.enforced)
+    clamped = tuple(unit for unit in _OUTPUT_UNITS if unit in enforced_units)
+    return Cover(found, tuple(budgets), valid_until, enforced_units, clamped, extra)
+
+
+def accounts_of(run: Run) -> list[tuple[Budget, Account]]:
+    """Every account of the budgets in force for ``run``, whatever their filters; a conversation's only where a tag names it."""
+    found: dict[int, tuple[Budget, Account]] = {}
+    for budget, anchor in scopes(run):
+        for unit, ceiling in budget.limits():
+            account = _open(run, anchor, budget, unit, ceiling, None)
+            found.setdefault(id(account), (budget, account))
+    return list(found.values())
+
+
+def record(run: Run, call: LLMCall | ToolCall, usage: Usage, cost_pico: int | None) -> None:
+    """Put a call that was made elsewhere into every account it counts against, ceilings or not."""
+    found = cover(run, call)
+    if not found.lines:
+        return
+    ledger = run.watchdog.ledger
+    lines = [line._replace(enforced=False) for line in found.lines]
+    amounts = amounts_of(call, usage, cost_pico)
+    hold = ledger.reserve(lines, (0, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None)
+    # Enforced again when it is spent: what is past the ceiling must latch.
+    hold.lines = found.lines  # type: ignore[union-attr]  # lines that are not enforced are never refused
+    tell_notices(run, ledger.settle(hold, amounts))  # type: ignore[arg-type]  # as above
+
+
+def amounts_of(call: Call, usage: Usage, cost_pico: int | None) -> Amounts:
+    """What a finished call adds to each unit."""
+    if isinstance(call, ToolCall):
+        return (0, 0, 0, 0, 0, 1)
+    return (cost_pico or 0, usage.input_tokens + usage.output_tokens, usage.input_tokens, usage.output_tokens, 1, 0)
+
+
+def tell_notices(run: Run, notices: Sequence[Notice]) -> None:
+    """Tell observers what happened to accounts: a warning mark was crossed, or a ceiling."""
+    from clevagent_core.guards.messages import notice_incident  # noqa: PLC0415 - off the hot path, and messages need this module
+
+    for notice in notices:
+        run.watchdog.tell(notice_incident(run, notice))
+
+
+def _open(run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread_id: str | None) -> Account:
+    watchdog = run.watchdog
+    window = window_at(budget.per, watchdog.clock.wall())
+    key = AccountKey(
+        budget.label, unit, budget.key(run_id=anchor.run_id, thread_id=thread_id, tags=run.tags), window.label
+    )
+    is_own = budget.per == "run"
+    account = anchor.accounts.get(key) if is_own else None
+    if account is None:
+        _refuse_after_fork(anchor.pid if is_own else watchdog.pid, watchdog.ledger.survives_fork, budget)
+        watchdog.ledger.evict(watchdog.clock.wall())
+        account = watchdog.ledger.open(
+            key,
+            ceiling=ceiling,
+            keep=budget.keep if unit == USD else 0,
+            warn_mark=int(ceiling * budget.warn_at),
+            ends_at=window.ends_at,
+        )
+        if is_own:
+            anchor.accounts[key] = account
+    current: Run | None = run
+    while current is not None:
+        current.used[key] = account
+        current = current.parent
+    return account
+
+
+def _refuse_after_fork(pid: int, survives_fork: bool, budget: Budget) -> None:  # noqa: FBT001 - one fact about the ledger
+    if survives_fork or pid == os.getpid():
+        return
+    raise UsageError(
+        f"This process was forked from one whose budget {budget.label!r} is kept in memory: the two cannot see each other's "
+        "spending, so the ceiling could be passed and the call was refused. Give the child a ceiling of its own: call "
+        "clevagent.shutdown() and clevagent.init(...) in it, open a clevagent.run(budgets=[...]) in it, or start it with the "
+        "'spawn' method. For one ceiling over several processes, clevagent.init(ledger='sqlite:///path') is planned."
+    )
+
+

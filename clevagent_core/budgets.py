@@ -1,0 +1,226 @@
+"""The budget that a user writes: what it limits, what it covers, and its window."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, get_args
+
+from clevagent_core.calls import Call, LLMCall
+from clevagent_core.errors import UsageError
+from clevagent_core.money import to_pico
+from clevagent_core.verdicts import Incident, Unit
+
+Per = Literal["run", "thread", "hour", "day", "month", "lifetime"]
+Action = Literal["warn", "raise", "halt", "ask"]
+OnExceed = Action | Callable[[Incident], object]
+
+UNITS: tuple[Unit, ...] = get_args(Unit)
+"""The units of limits; amounts of a call are tuples in this order."""
+USD, TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, LLM_CALLS, TOOL_CALLS = range(len(UNITS))
+
+Amounts = tuple[int, int, int, int, int, int]
+"""What a call costs, or could cost: pico-USD, tokens, input tokens, output tokens, LLM calls, tool calls."""
+
+_ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
+"""The published names of the two oldest actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A ceiling that ClevAgent never lets its scope pass.
+
+    Give at least one limit. Several limits in one budget hold independently. Everything else narrows what is covered or
+    says what happens at the ceiling.
+
+    Raises:
+        UsageError: no limit; a limit that is zero, negative, not finite or no number; an unknown window or action.
+
+    """
+
+    usd: float | str | Decimal | None = None
+    """US dollars."""
+    tokens: int | None = None
+    """Input and output tokens together."""
+    input_tokens: int | None = None
+    """Input tokens, cached ones included."""
+    output_tokens: int | None = None
+    """Output tokens, reasoning included."""
+    llm_calls: int | None = None
+    """Model calls; every attempt counts."""
+    tool_calls: int | None = None
+    """Tool calls."""
+    per: Per = "run"
+    """The window after which it starts from zero: ``run``, ``thread`` (a conversation), ``hour``, ``day``, ``month`` (UTC), or
+    ``lifetime`` (never; with a memory ledger, the process)."""
+    node: str | None = None
+    """Only what is called in this node or agent (``*`` and ``?`` match)."""
+    tool: str | None = None
+    """Only calls of this tool, and what is called inside it (``*`` and ``?`` match)."""
+    model: str | None = None
+    """Only calls of this model (``*`` and ``?`` match)."""
+    by: str | None = None
+    """A tag of the run: one ceiling for each of its values. Runs without the tag share one."""
+    on_exceed: OnExceed = "raise"
+    """What happens to the call that would pass the ceiling: ``warn`` lets it go and tells; ``raise`` raises
+    ``BudgetExceeded`` out of the user's call; a callable gets the incident, and the call is checked once more afterwards
+    (it may have topped up), or let go if it returns ``"warn"``. ``alert_only`` and ``stop`` are accepted for the first two."""
+    warn_at: float = 0.8
+    """The share of the ceiling whose spending is told, once, as a warning; above 0, at most 1."""
+    keep_usd: float | str | Decimal = 0
+    """US dollars of the ceiling that only calls inside ``run.wrap_up()`` may use: a closing answer after the stop."""
+    name: str | None = None
+    """What it is called in messages and in the ledger; made from its limits and scope when not given."""
+
+    def __post_init__(self) -> None:
+        """Check every field, so that a mistake is told where it was written."""
+        if not self.limits():
+            raise UsageError(
+                "Budget() has no limit, so it would never stop anything. "
+                f"Give at least one of {', '.join(UNITS)}, for example Budget(usd=0.50)."
+            )
+        if self.per not in get_args(Per):
+            raise UsageError(
+                f"Budget(per={self.per!r}) names no window that exists. Use one of {', '.join(map(repr, get_args(Per)))}."
+            )
+        action = self.on_exceed
+        if isinstance(action, str) and action in _ACTION_NAMES:
+            object.__setattr__(self, "on_exceed", _ACTION_NAMES[action])
+        elif action not in get_args(Action) and not callable(action):
+            raise UsageError(
+                f"Budget(on_exceed={action!r}) is no action. Use 'raise', 'warn', or a callable that gets the incident."
+            )
+        if not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
+            raise UsageError(
+                f"Budget(warn_at={self.warn_at!r}) is not a share of the ceiling. Give a number above 0 and at most 1, such as 0.8."
+            )
+        if self.keep and (self.usd is None or self.keep >= to_pico(self.usd, what="usd")):
+            raise UsageError(
+                f"Budget(keep_usd={self.keep_usd!r}, usd={self.usd!r}) keeps nothing for the work itself: what is kept is part of "
+                "the ceiling. Give a usd= that is larger than keep_usd=."
+            )
+        for scope in ("node", "tool", "model", "by", "name"):
+            value = getattr(self, scope)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise UsageError(f"Budget({scope}={value!r}) names nothing. Give a non-empty string, or leave {scope} out.")
+        if self.name is None:
+            object.__setattr__(self, "name", self._describe())
+
+    @property
+    def label(self) -> str:
+        """The budget's name (never ``None`` once it is made)."""
+        return self.name or ""
+
+    @property
+    def keep(self) -> int:
+        """``keep_usd`` in pico-USD."""
+        return to_pico(self.keep_usd, what="keep_usd")
+
+    def limits(self) -> tuple[tuple[int, int], ...]:
+        """The limits as (unit, ceiling) pairs: an index into ``UNITS``, and pico-USD, tokens or calls."""
+        return tuple(
+            (index, _ceiling(unit, value)) for index, unit in enumerate(UNITS) if (value := getattr(self, unit)) is not None
+        )
+
+    def covers(self, call: Call) -> bool:
+        """Tell whether ``call`` counts against this budget."""
+        model = call.model if isinstance(call, LLMCall) else None
+        return _matches(self.node, call.node) and _matches(self.tool, call.tool) and _matches(self.model, model)
+
+    def key(self, *, run_id: str, thread_id: str | None, tags: Mapping[str, str]) -> str:
+        """Whose account it is: the run's or the thread's where the window is one, and the tag's value where ``by`` is given."""
+        parts = []
+        if self.per == "run":
+            parts.append(run_id)
+        elif self.per == "thread":
+            parts.append(thread_id or tags.get("thread_id") or run_id)
+        if self.by is not None:
+            parts.append(f"{self.by}={tags.get(self.by, '')}")
+        return " ".join(parts) or "all"
+
+    def _describe(self) -> str:
+        limits = " ".join(
+            f"${getattr(self, unit)}" if unit == "usd" else f"{getattr(self, unit)} {unit}"
+            for unit in UNITS
+            if getattr(self, unit) is not None
+        )
+        scope = "".join(f" {word}={getattr(self, word)}" for word in ("node", "tool", "model", "by") if getattr(self, word))
+        return f"{limits} per {self.per}{scope}"
+
+
+class Window(NamedTuple):
+    """One period of a budget."""
+
+    label: str
+    """Its name in the ledger, for example ``2026-11-23``; empty for windows that no calendar ends."""
+    ends_at: float
+    """When it is over, in seconds since 1970 (UTC); infinity for windows that no calendar ends."""
+
+
+def window_at(per: Per, wall: float) -> Window:
+    """Find the window of kind ``per`` that ``wall`` (seconds since 1970) lies in. Windows are aligned to UTC."""
+    if per in {"run", "thread", "lifetime"}:
+        return Window("", math.inf)
+    now = datetime.fromtimestamp(wall, UTC).replace(minute=0, second=0, microsecond=0)
+    if per == "hour":
+        return Window(now.strftime("%Y-%m-%dT%H"), (now + timedelta(hours=1)).timestamp())
+    midnight = now.replace(hour=0)
+    if per == "day":
+        return Window(midnight.strftime("%Y-%m-%d"), (midnight + timedelta(days=1)).timestamp())
+    first = midnight.replace(day=1)
+    return Window(first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp())
+
+
+def check_names(budgets: tuple[Budget, ...]) -> None:
+    """Refuse two budgets that share a name but not what they mean: one account cannot have two ceilings.
+
+    Raises:
+        UsageError: two of them have one name and differ; or an action that nothing can carry out yet.
+
+    """
+    seen: dict[str, Budget] = {}
+    for budget in budgets:
+        if not isinstance(budget, Budget):
+            raise UsageError(f"budgets=[{budget!r}] is no Budget. Write budgets=[clevagent.Budget(usd=0.50)].")
+        other = seen.setdefault(budget.label, budget)
+        if other != budget:
+            differ = [f.name for f in fields(Budget) if getattr(other, f.name) != getattr(budget, f.name)]
+            raise UsageError(
+                f"Two budgets are named {budget.label!r} but differ in {', '.join(differ)} "
+                f"({', '.join(f'{name}={getattr(other, name)!r} and {getattr(budget, name)!r}' for name in differ)}). "
+                "One account cannot have two ceilings: give them different names, or make them equal."
+            )
+        if budget.on_exceed in {"halt", "ask"}:
+            raise UsageError(
+                f"Budget({budget.label!r}, on_exceed={budget.on_exceed!r}) needs an attachment that can end a framework's work "
+                "gracefully; a guarded model, a callback handler and llm_call() cannot. Use on_exceed='raise' and catch "
+                "clevagent.BudgetExceeded around the agent; keep_usd= and run.wrap_up() pay for a closing answer."
+            )
+
+
+def _ceiling(unit: Unit, value: object) -> int:
+    if unit == "usd":
+        pico = to_pico(value, what="usd")  # type: ignore[arg-type]  # to_pico refuses what is no number
+        if pico == 0:
+            raise UsageError(
+                f"Budget(usd={value!r}) is zero, which would refuse every call. "
+                "Give a positive number of US dollars; to refuse everything, do not make the call."
+            )
+        return pico
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"Budget({unit}={value!r}) is a {type(value).__name__}, not a number. Give a positive whole number.")
+    number = float(value)
+    if not math.isfinite(number) or number <= 0 or number != int(number):
+        raise UsageError(
+            f"Budget({unit}={value!r}) is not a ceiling: a ceiling is a positive whole number. Give one, or leave {unit} out for no limit."
+        )
+    return int(number)
+
+
+def _matches(pattern: str | None, name: str | None) -> bool:
+    return pattern is None or (name is not None and (pattern == name or fnmatchcase(name, pattern)))

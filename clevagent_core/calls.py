@@ -1,0 +1,120 @@
+"""What adapters say to the core: a call that is about to be made, what it used, and one sign of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from clevagent_core.errors import UsageError
+
+
+@dataclass(slots=True, kw_only=True)
+class LLMCall:
+    """One model call that is about to be sent.
+
+    Built by an adapter for each attempt; read by guards and by the providers of prices and bounds. Nothing in it is sent
+    anywhere.
+    """
+
+    model: str
+    """The model's name as the request carries it; the name that prices are looked up by."""
+    input: Sequence[object] = ()
+    """What is sent, one item a message: a ``str``, or any nesting of ``str``, numbers, ``dict``, ``list`` and ``tuple``.
+    Items are compared with ``==`` to find the part of a history that was priced before, so give the same objects again."""
+    tools: Sequence[object] = ()
+    """Schemas sent beside the messages (tools, response formats): they are billed as input too."""
+    max_output_tokens: int | None = None
+    """The largest output limit that the request may carry, for one answer; ``None`` when it carries none."""
+    min_output_tokens: int = 256
+    """With ``clamp``: the smallest limit worth sending. Below it the call is refused."""
+    most_output_tokens: int | None = None
+    """With ``clamp``: what the model can write at most, when that is known."""
+    clamp: bool = False
+    """Whether the caller sends the limit that :class:`~clevagent_core.runs.Ticket` grants."""
+    answers: int = 1
+    """How many answers are asked for (``n``); each may be as long as the limit."""
+    provider: str | None = None
+    """Who bills it, as genai-prices names it (``openai``, ``anthropic``); a hint, not a condition."""
+    opaque: bool = False
+    """True when something is sent whose tokens cannot be bounded from text (an image, a file, a stored prompt): the input then
+    counts as the whole context window."""
+    context_window: int | None = None
+    """The model's context window where the caller knows it; otherwise the price list's."""
+    service_tier: str | None = None
+    """The provider's service tier, where the request names one."""
+    node: str | None = None
+    """The node or agent it is made in, for ``Budget(node=...)`` and the summary."""
+    tool: str | None = None
+    """The tool it is made in, for ``Budget(tool=...)``."""
+    thread_id: str | None = None
+    """The conversation it belongs to, for ``Budget(per="thread")``."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolCall:
+    """One tool call that is about to be run."""
+
+    tool: str
+    """The tool's name."""
+    arguments: object = None
+    """What it is called with; stays in the process."""
+    node: str | None = None
+    """The node or agent it is made in."""
+    thread_id: str | None = None
+    """The conversation it belongs to."""
+
+
+Call = LLMCall | ToolCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one model call used, as the provider reported it, in tokens.
+
+    The detail fields lie *inside* the totals: ``cache_read_tokens + cache_write_tokens <= input_tokens``, and
+    ``reasoning_tokens <= output_tokens``.
+
+    Raises:
+        UsageError: a field is negative, or is no whole number.
+
+    """
+
+    input_tokens: int = 0
+    """All input tokens, cached ones included."""
+    output_tokens: int = 0
+    """All output tokens, reasoning included."""
+    cache_read_tokens: int = 0
+    """Input tokens that were read from the provider's cache."""
+    cache_write_tokens: int = 0
+    """Input tokens that were written to the provider's cache, whatever their time to live."""
+    cache_write_1h_tokens: int = 0
+    """Those of ``cache_write_tokens`` that were written to live for an hour."""
+    reasoning_tokens: int = 0
+    """Output tokens that the user does not see."""
+    input_audio_tokens: int = 0
+    """Input tokens that were audio."""
+    output_audio_tokens: int = 0
+    """Output tokens that were audio."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no provider can mean, so that a ledger is never credited by a broken report."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise UsageError(
+                    f"Usage({name}={value!r}) is not a token count: counts are whole numbers of at least 0. "
+                    "The call stays charged at its upper bound until usage that can be true is given."
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One sign of progress: a finished call, node or task, or a ``ping()``."""
+
+    kind: Literal["llm_call", "tool_call", "node", "task", "ping"]
+    """What was finished."""
+    name: str = ""
+    """The model's, tool's, node's or task's name; for a ping its status."""
+    detail: dict[str, object] = field(default_factory=dict)
+    """What else is told; for a ping its message and meta."""

@@ -1,0 +1,189 @@
+"""The framework-free door: ``llm_call`` and ``tool_call`` blocks. An adapter does nothing that these could not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import Token
+from types import TracebackType
+
+from clevagent_core.bounds import is_opaque
+from clevagent_core.calls import LLMCall, ToolCall, Usage
+from clevagent_core.errors import UsageError
+from clevagent_core.runs import Ticket
+from clevagent_core.watchdog import Watchdog
+
+
+class OpenLLMCall:
+    """A model call that was let through: make it, then tell what it used."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        """Made by ``llm_call`` only."""
+        self._ticket = ticket
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """The output limit to send with the request: what was asked for, or, with ``clamp=True``, what is left of it."""
+        return self._ticket.max_output_tokens
+
+    def settle(
+        self,
+        *,
+        input_tokens: int,
+        output_tokens: int,
+        cache_read_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        reasoning_tokens: int = 0,
+    ) -> None:
+        """Tell what the provider reported, in tokens. Only the first time counts.
+
+        Args:
+            input_tokens: all input tokens, cached ones included.
+            output_tokens: all output tokens, reasoning included.
+            cache_read_tokens: those of the input that came from the provider's cache.
+            cache_write_tokens: those of the input that were written to it.
+            reasoning_tokens: those of the output that the user does not see.
+
+        Raises:
+            UsageError: a count is negative or no whole number; the call then stays charged at its upper bound.
+
+        """
+        self._ticket.settle(
+            Usage(
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                cache_read_tokens=cache_read_tokens,
+                cache_write_tokens=cache_write_tokens,
+                reasoning_tokens=reasoning_tokens,
+            )
+        )
+
+    def release(self) -> None:
+        """Tell that the request was never sent, or was refused unbilled: what the call held is given back."""
+        self._ticket.release()
+
+
+class OpenToolCall:
+    """A tool call that was let through: run the tool, then tell how it ended."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        """Made by ``tool_call`` only."""
+        self._ticket = ticket
+
+    def settle(self, *, result: object = None, error: BaseException | None = None) -> None:  # noqa: ARG002 - what loop guards read
+        """Tell that the tool has run. Only the first time counts; leaving the block tells it too."""
+        self._ticket.settle(error=error)
+
+    def release(self) -> None:
+        """Tell that the tool was not run after all."""
+        self._ticket.release()
+
+
+class LLMCallBlock:
+    """``with clevagent.llm_call(...) as call:`` and its async twin. One block is one call."""
+
+    def __init__(
+        self,
+        watchdog: Callable[[], Watchdog],
+        *,
+        model: str,
+        input: object,  # noqa: A002 - what every provider calls it
+        max_output_tokens: int | None,
+        tools: Sequence[object],
+        clamp: bool,
+        answers: int,
+        provider: str | None,
+        node: str | None,
+    ) -> None:
+        """Made by ``llm_call()``."""
+        if not isinstance(model, str) or not model:
+            raise UsageError(f"llm_call(model={model!r}) names no model, so it has no price. Give the name the request carries.")
+        if max_output_tokens is not None and (type(max_output_tokens) is not int or max_output_tokens < 1):
+            raise UsageError(
+                f"llm_call(max_output_tokens={max_output_tokens!r}) is no output limit. Give the positive whole number that the "
+                "request carries, or leave it out."
+            )
+        if type(answers) is not int or answers < 1:
+            raise UsageError(f"llm_call(answers={answers!r}) asks for nothing. Give a positive whole number.")
+        items = list(input) if isinstance(input, (list, tuple)) else [input]
+        self._watchdog = watchdog
+        self._call = LLMCall(
+            model=model,
+            input=items,
+            tools=tools,
+            max_output_tokens=max_output_tokens,
+            clamp=clamp,
+            answers=answers,
+            provider=provider,
+            node=node,
+            opaque=is_opaque(items),
+        )
+        self._ticket: Ticket | None = None
+
+    def __enter__(self) -> OpenLLMCall:
+        """Check the call and hold what it could cost, or raise; may wait for held money."""
+        watchdog = self._watchdog()
+        self._call.tool = watchdog.tool.get()
+        self._ticket = watchdog.current_run().open(self._call)
+        return OpenLLMCall(self._ticket)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Charge the upper bound if nothing was told: the call may have been sent."""
+        if self._ticket is not None:
+            self._ticket.charge(error)
+
+    async def __aenter__(self) -> OpenLLMCall:
+        """Do what ``__enter__`` does, waiting without blocking the event loop."""
+        watchdog = self._watchdog()
+        self._call.tool = watchdog.tool.get()
+        self._ticket = await watchdog.current_run().aopen(self._call)
+        return OpenLLMCall(self._ticket)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Charge the upper bound if nothing was told: the call may have been sent."""
+        self.__exit__(kind, error, traceback)
+
+
+class ToolCallBlock:
+    """``with clevagent.tool_call(...) as call:`` and its async twin. One block is one call."""
+
+    def __init__(self, watchdog: Callable[[], Watchdog], *, name: str, arguments: object, node: str | None) -> None:
+        """Made by ``tool_call()``."""
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"tool_call({name!r}) names no tool. Give the tool's name.")
+        self._watchdog = watchdog
+        self._call = ToolCall(tool=name, arguments=arguments, node=node)
+        self._ticket: Ticket | None = None
+        self._token: Token[str | None] | None = None
+
+    def __enter__(self) -> OpenToolCall:
+        """Check the call, or raise."""
+        watchdog = self._watchdog()
+        return self._entered(watchdog, watchdog.current_run().open(self._call))
+
+    async def __aenter__(self) -> OpenToolCall:
+        """Do what ``__enter__`` does, waiting without blocking the event loop."""
+        watchdog = self._watchdog()
+        return self._entered(watchdog, await watchdog.current_run().aopen(self._call))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tell that the tool has run, unless the block told otherwise."""
+        if self._ticket is not None and self._token is not None:
+            self._ticket.run.watchdog.tool.reset(self._token)
+            self._ticket.settle(error=error)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tell that the tool has run, unless the block told otherwise."""
+        self.__exit__(kind, error, traceback)
+
+    def _entered(self, watchdog: Watchdog, ticket: Ticket) -> OpenToolCall:
+        self._ticket = ticket
+        self._token = watchdog.tool.set(self._call.tool)
+        return OpenToolCall(ticket)

@@ -1,0 +1,87 @@
+"""Every error that ClevAgent raises.
+
+ClevAgentError
+├── Stopped (RuntimeError)     a guard stopped this call; nothing was sent
+│   ├── BudgetExceeded         the money, tokens or calls of a budget are used up
+│   └── BudgetBusy             what is left is only held by calls in flight: try again later
+├── UsageError                 a mistake in how ClevAgent is used
+└── PluginError                a named plugin is broken
+
+``Stopped`` is a ``RuntimeError`` because LangGraph's default retry policy repeats other exceptions. No message contains
+the words by which frameworks recognise a provider's own errors (they would retry the call).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clevagent_core.verdicts import Incident
+
+
+class ClevAgentError(Exception):
+    """Base of every error of ClevAgent."""
+
+
+class Stopped(ClevAgentError, RuntimeError):
+    """A guard stopped this call before it was sent.
+
+    Attributes:
+        incident: what happened, with the numbers it rests on.
+        run_id: the run that was stopped.
+
+    """
+
+    def __init__(self, incident: Incident) -> None:
+        """Keep the incident; its message is the error's text."""
+        super().__init__(incident.message)
+        self.incident = incident
+        self.run_id = incident.run_id
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[Incident]]:
+        """Survive pickling with all fields: the default would pass the text where the incident belongs."""
+        return type(self), (self.incident,)
+
+
+class BudgetExceeded(Stopped):
+    """A budget has no room for this call, nor for any later one until its window rolls over or it is topped up.
+
+    Amounts are in the limit's own unit (``incident.unit``): US dollars, tokens or calls.
+    """
+
+    @property
+    def budget(self) -> str:
+        """The budget's name."""
+        return self.incident.budget or ""
+
+    @property
+    def spent(self) -> float:
+        """What was spent when the call was refused."""
+        return self.incident.spent or 0
+
+    @property
+    def held(self) -> float:
+        """What calls in flight held when the call was refused."""
+        return self.incident.held or 0
+
+    @property
+    def needed(self) -> float:
+        """What the refused call could have cost at most."""
+        return self.incident.needed or 0
+
+    @property
+    def ceiling(self) -> float:
+        """The ceiling that the call would have passed."""
+        return self.incident.ceiling or 0
+
+
+class BudgetBusy(BudgetExceeded):
+    """What is left of a budget is held by calls in flight; the same call may fit once they are settled."""
+
+
+class UsageError(ClevAgentError):
+    """A mistake in how ClevAgent is used. The message tells what happened, what it means and what to do."""
+
+
+class PluginError(ClevAgentError):
+    """A plugin that was asked for by name is broken."""

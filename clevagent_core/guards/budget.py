@@ -1,0 +1,273 @@
+"""The budget guard: holds a call's upper bound on every account it counts against, before it is sent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from clevagent_core.accounts import Cover, amounts_of, cover, tell_notices
+from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
+from clevagent_core.calls import Call, LLMCall, Usage
+from clevagent_core.errors import UsageError
+from clevagent_core.guards.messages import refusal_incident
+from clevagent_core.hookspecs import hookimpl
+from clevagent_core.ledger.account import Hold, Line, Refusal, StaleAccount
+from clevagent_core.pricing import Rates, unknown_price_message
+from clevagent_core.verdicts import Incident, Stop
+
+if TYPE_CHECKING:
+    from clevagent_core.runs import Run, Ticket
+
+logger = logging.getLogger("clevagent")
+
+_TOOL_AMOUNTS: Amounts = (0, 0, 0, 0, 0, 1)
+_COVERS = 256
+"""How many shapes of calls a run remembers the accounts of."""
+_CLAMP_ATTEMPTS = 16
+"""How often a clamped call tries again because others took what it saw free; each time one of the others got on."""
+
+
+class BudgetReservation:
+    """What one call holds. See :class:`~clevagent_core.runs.Reservation`."""
+
+    __slots__ = ("_hold", "_run", "max_output_tokens")
+
+    def __init__(self, run: Run, hold: Hold, max_output_tokens: int | None) -> None:
+        """Made by the guard only."""
+        self._run = run
+        self._hold = hold
+        self.max_output_tokens = max_output_tokens
+
+    def settle(self, usage: Usage | None, cost_pico: int | None) -> int | None:
+        """Replace what is held by what the call did cost."""
+        if usage is None:
+            return self.charge()
+        hold = self._hold
+        owner: Ticket = hold.owner  # type: ignore[assignment]  # the guard gives its ticket
+        notices = self._run.watchdog.ledger.settle(hold, amounts_of(owner.call, usage, cost_pico))
+        if notices:
+            tell_notices(self._run, notices)
+        return None
+
+    def release(self) -> None:
+        """Give back what is held."""
+        self._run.watchdog.ledger.release(self._hold)
+
+    def charge(self) -> int | None:
+        """Spend what is held."""
+        notices = self._run.watchdog.ledger.charge(self._hold)
+        if notices:
+            tell_notices(self._run, notices)
+        return self._hold.amounts[USD]
+
+
+class BudgetGuard:
+    """Reserves, for each call, on all budgets that cover it: on all of them or on none."""
+
+    fails_closed = True
+
+    def __init__(self) -> None:
+        """Nothing was told yet."""
+        self._has_told_assumption = False
+
+    @hookimpl
+    def clevagent_reserve(self, run: Run, ticket: Ticket, extra: Sequence[Budget]) -> BudgetReservation | Stop | None:
+        """Hold what the call could cost at most."""
+        call = ticket.call
+        while True:
+            found = self._cover(run, call, extra)
+            if not found.lines:
+                return None
+            try:
+                if isinstance(call, LLMCall):
+                    answer, granted = self._reserve_llm(run, ticket, call, found)
+                else:
+                    answer, granted = self._reserve(run, ticket, found, _TOOL_AMOUNTS), None
+            except StaleAccount:
+                run.memo.clear()
+                continue
+            if isinstance(answer, Hold):
+                if answer.notices:
+                    tell_notices(run, answer.notices)
+                return BudgetReservation(run, answer, granted)
+            stop, found_room = self._on_exceed(run, call, found, answer)
+            if not found_room:
+                return stop
+
+    def _cover(self, run: Run, call: Call, extra: Sequence[Budget]) -> Cover:
+        key = (call.model if isinstance(call, LLMCall) else None, call.tool, call.node, call.thread_id, id(extra) if extra else 0)
+        memo = run.memo
+        found: Cover | None = memo.get(key)
+        if found is None or run.watchdog.clock.wall() >= found.valid_until:
+            if len(memo) >= _COVERS:
+                memo.clear()
+            found = memo[key] = cover(run, call, extra)
+        return found
+
+    def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Hold | Refusal:
+        watchdog = run.watchdog
+        expires_at = watchdog.next_expiry()
+        answer = watchdog.ledger.reserve(found.lines, amounts, expires_at=expires_at, owner=ticket)
+        if isinstance(answer, Refusal) and watchdog.wrapping_up.get():
+            return watchdog.ledger.reserve(found.lines, amounts, expires_at=expires_at, owner=ticket, wrap_up=True)
+        return answer
+
+    def _reserve_llm(self, run: Run, ticket: Ticket, call: LLMCall, found: Cover) -> tuple[Hold | Refusal, int | None]:
+        rates = ticket.rates
+        if rates is None and USD in found.units and run.watchdog.settings.unknown_price != "allow":
+            raise UsageError(unknown_price_message(call.model))
+        tokens = self._input_bound(run, call, rates, found)
+        settings = run.watchdog.settings
+        limit = call.max_output_tokens
+        if settings.estimate == "expected":
+            # A third of the bytes, a quarter of the limit: what English prose and ordinary answers come to.
+            tokens, limit = -(-tokens // 3), None if limit is None else -(-limit // 4)
+        if not call.clamp:
+            output = self._assumed(run, call) if limit is None else limit
+            return self._reserve(run, ticket, found, _amounts(call, rates, tokens, output)), None
+        if limit is not None:
+            # The usual case: everything that was asked for still fits.
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            if isinstance(answer, Hold):
+                return answer, call.max_output_tokens
+        return self._clamp(run, ticket, call, found, rates, tokens)
+
+    def _clamp(
+        self, run: Run, ticket: Ticket, call: LLMCall, found: Cover, rates: Rates | None, tokens: int
+    ) -> tuple[Hold | Refusal, int | None]:
+        asked = call.max_output_tokens
+        floor = call.min_output_tokens if asked is None else min(asked, call.min_output_tokens)
+        for _ in range(_CLAMP_ATTEMPTS):
+            fits = self._fits(run, call, found, rates, tokens)
+            limit = asked
+            if limit is None:
+                # Nobody asked for a limit: leave room for others, unless little is left for anybody.
+                limit = call.most_output_tokens
+                if fits is not None:
+                    share = max(run.watchdog.settings.assume_output_tokens, fits // 2)
+                    limit = share if limit is None else min(limit, share)
+            if limit is None:
+                # Nothing that is limited depends on the output.
+                return self._reserve(run, ticket, found, _amounts(call, rates, tokens, 0)), None
+            if fits is not None:
+                limit = min(limit, fits)
+            if limit < floor:
+                break
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            if isinstance(answer, Hold):
+                return answer, limit
+        return self._reserve(run, ticket, found, _amounts(call, rates, tokens, floor)), floor
+
+    def _fits(self, run: Run, call: LLMCall, found: Cover, rates: Rates | None, tokens: int) -> int | None:
+        """Work out the largest output limit, for each answer, that fits what is free; ``None`` where nothing limits the output."""
+        if not found.clamp_units:
+            return None
+        base = rates.upper_bound(tokens, 0) if rates is not None else 0
+        per_token = rates.upper_bound(tokens, 1) - base if rates is not None else 0
+        least: int | None = None
+        for line in found.lines:
+            if not line.enforced or line.unit not in found.clamp_units:
+                continue
+            balance = run.watchdog.ledger.balance(line.account)
+            free = balance.free
+            if run.watchdog.wrapping_up.get():
+                free = max(0, balance.ceiling - balance.spent - balance.held)
+            if line.unit == USD:
+                if not per_token:
+                    continue
+                fits = (free - base) // per_token
+            elif line.unit == TOKENS:
+                fits = free - tokens
+            else:
+                fits = free
+            fits = max(0, fits // call.answers)
+            least = fits if least is None else min(least, fits)
+        return least
+
+    def _input_bound(self, run: Run, call: LLMCall, rates: Rates | None, found: Cover) -> int:
+        bound = run.watchdog.plugins.bound(call)
+        window = call.context_window or (rates.context_window if rates is not None else None)
+        if bound is None:
+            if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
+                raise UsageError(
+                    f"The call to {call.model!r} sends something whose tokens cannot be bounded from its text (an image, a file, a "
+                    "stored prompt), and the model's context window is not known, so it could not be priced against its budget "
+                    f"and was refused. Give the window: clevagent.init(prices={{{call.model!r}: clevagent.Price(input=..., output=..., "
+                    "context_window=...)})."
+                )
+            return window or 0
+        return bound if window is None else min(bound, window)
+
+    def _assumed(self, run: Run, call: LLMCall) -> int:
+        assumed = run.watchdog.settings.assume_output_tokens
+        if not self._has_told_assumption:
+            self._has_told_assumption = True
+            run.watchdog.tell(
+                Incident(
+                    kind="assumption",
+                    message=(
+                        f"A call to {call.model!r} has no output limit, and what is attached cannot send one, so {assumed:,} output "
+                        "tokens are assumed for it and for every call like it: the ceiling is only as tight as that. Make it strict "
+                        "with clevagent.guard(model), which sends a limit that fits, or set max_tokens on the model. "
+                        "(Told once. assume_output_tokens= changes the number.)"
+                    ),
+                    agent=run.watchdog.settings.agent,
+                    run_id=run.run_id,
+                    at=run.watchdog.clock.wall(),
+                )
+            )
+        return assumed
+
+    def _on_exceed(self, run: Run, call: Call, found: Cover, refusal: Refusal) -> tuple[Stop, bool]:
+        """Turn a refusal into the answer; tell whether to try again because the user's callable made room."""
+        budget = found.budgets[found.lines.index(refusal.line)]
+        incident = refusal_incident(run, call, refusal, budget)
+        if refusal.busy:
+            return Stop(incident=incident), False
+        if refusal.first:
+            run.watchdog.tell(incident)
+        if not callable(budget.on_exceed):
+            return Stop(incident=incident), False
+        ceiling = refusal.balance.ceiling
+        try:
+            wanted = budget.on_exceed(incident)
+        except Exception as error:
+            logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
+            return Stop(incident=replace(incident, details={"on_exceed_error": repr(error)})), False
+        if wanted == "warn":
+            run.memo.clear()
+            key_of = refusal.line.account
+            lines = tuple(Line(line.account, line.unit, False) if line.account is key_of else line for line in found.lines)
+            self._let_go(run, call, found, lines)
+            return Stop(incident=incident), True
+        has_more = run.watchdog.ledger.balance(refusal.line.account).ceiling > ceiling
+        return Stop(incident=incident), has_more
+
+    def _let_go(self, run: Run, call: Call, found: Cover, lines: tuple[Line, ...]) -> None:
+        """Remember that the user let this budget go: its lines are only told from here on, for calls of this shape in this run."""
+        key = (
+            call.model if isinstance(call, LLMCall) else None,
+            call.tool,
+            call.node,
+            call.thread_id,
+            id(found.extra) if found.extra else 0,
+        )
+        units = frozenset(line.unit for line in lines if line.enforced)
+        run.memo[key] = found._replace(lines=lines, units=units, clamp_units=tuple(u for u in found.clamp_units if u in units))
+
+
+def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int) -> Amounts:
+    # n answers share one prompt; a provider may bill the prompt once for all or once for each.
+    answers = call.answers
+    output = output_limit * answers
+    cost = rates.upper_bound(tokens, output) if rates is not None else 0
+    return (cost, tokens + output, tokens, output, 1, 0)
+
+
+def plugin() -> BudgetGuard:
+    """Make the built-in plugin of this module."""
+    return BudgetGuard()
+
+

@@ -1,0 +1,1 @@
+"""The account of what is spent and held, per budget, key and window."""

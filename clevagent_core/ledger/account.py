@@ -1,0 +1,231 @@
+"""What every ledger can do. ``memory.py`` keeps accounts in the process; a ledger that processes share obeys the same protocol.
+
+An account belongs to one (budget, unit, key, window). Money moves in three ways, all of them atomic over all accounts of a
+call: *reserve* holds the upper bound, *settle* replaces what is held by what it did cost, *release* gives it back. The rules,
+for every account and at every moment:
+
+- ``spent >= 0`` and ``held >= 0``;
+- ``held`` is the sum of the open holds, ``spent`` the sum of what closed holds were charged;
+- no reservation makes ``spent + held`` pass the ceiling, unless its line is not enforced;
+- a refused reservation leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from clevagent_core.budgets import Amounts
+
+
+class AccountKey(NamedTuple):
+    """What an account is found by."""
+
+    budget: str
+    unit: int
+    key: str
+    window: str
+
+
+class Account:
+    """One account: the ledger's own record. Read it through ``Ledger.balance``, which takes the lock."""
+
+    __slots__ = ("ceiling", "closed", "ends_at", "granted", "held", "keep", "key", "latched", "spent", "told", "warn_mark", "warned")
+
+    def __init__(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> None:
+        """Open an account that nothing was spent from. Amounts are in the key's unit."""
+        self.key = key
+        self.granted = ceiling
+        """The ceiling as the budget has it, without what was topped up."""
+        self.ceiling = ceiling
+        self.keep = keep
+        self.spent = 0
+        self.held = 0
+        self.latched = False
+        self.closed = False
+        """Taken out of the ledger: what still names it must look it up again."""
+        self.told = False
+        """Whether observers heard of the refusal (or, where it is not enforced, of the excess)."""
+        self.warned = False
+        self.warn_mark = warn_mark
+        self.ends_at = ends_at
+
+
+class Line(NamedTuple):
+    """One account that a call counts against."""
+
+    account: Account
+    unit: int
+    """Which of the call's amounts counts: an index into ``UNITS``."""
+    enforced: bool
+    """Whether a call that does not fit is refused, or only told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """An account at one moment, in its own unit."""
+
+    key: AccountKey
+    ceiling: int
+    keep: int
+    spent: int
+    held: int
+    latched: bool
+
+    @property
+    def free(self) -> int:
+        """What a call may still reserve; never negative, and 0 while the account is latched."""
+        return 0 if self.latched else max(0, self.ceiling - self.keep - self.spent - self.held)
+
+
+class Refusal(NamedTuple):
+    """The reservation did not fit, and nothing was held."""
+
+    line: Line
+    balance: Balance
+    """The account that had no room, as it was at that moment."""
+    needed: int
+    busy: bool
+    """True when the room is merely held by calls in flight; the account is then not latched."""
+    first: bool
+    """True when this refusal is the first of its account since the latch was last open."""
+
+
+class Notice(NamedTuple):
+    """Something to tell about an account: it crossed its warning mark, or its ceiling."""
+
+    kind: Literal["warning", "overshoot"]
+    balance: Balance
+
+
+class Hold:
+    """A reservation. It is open until it is settled, released, or charged."""
+
+    __slots__ = ("amounts", "charged", "expires_at", "lines", "notices", "owner", "state")
+
+    amounts: Amounts
+    """What is held on every line, by unit."""
+    charged: Amounts | None
+    """What was spent in its place, once it was charged or settled."""
+    expires_at: float
+    """When (monotonic seconds) it is charged if nobody has told what became of it."""
+    lines: Sequence[Line]
+    notices: list[Notice] | None
+    """What is to be told about accounts whose ceiling is not enforced."""
+    owner: object
+    """Whoever made the reservation, so that an expired one can be told."""
+    state: Literal["open", "released", "charged", "settled"]
+
+    def __init__(self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object) -> None:
+        """Made by ``Ledger.reserve`` only."""
+        self.lines = lines
+        self.amounts = amounts
+        self.charged = None
+        self.expires_at = expires_at
+        self.owner = owner
+        self.state = "open"
+        self.notices = None
+
+
+class Changes:
+    """Tells those who wait that held money has come back. Safe to use from any thread."""
+
+    __slots__ = ("_lock", "_listeners")
+
+    def __init__(self) -> None:
+        """Nobody listens yet."""
+        self._lock = threading.Lock()
+        self._listeners: tuple[Callable[[], object], ...] = ()
+
+    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """Call ``listener`` (quick, must not raise) after each change; returns what ends that."""
+        with self._lock:
+            self._listeners = (*self._listeners, listener)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._listeners = tuple(other for other in self._listeners if other is not listener)
+
+        return unsubscribe
+
+    def notify(self) -> None:
+        """Call every listener."""
+        for listener in self._listeners:
+            listener()
+
+
+class StaleAccount(Exception):  # noqa: N818 - never leaves the core: the caller looks the account up again
+    """A line names an account that was taken out of the ledger meanwhile."""
+
+
+class Ledger(Protocol):
+    """Keeps accounts. Every method is safe from any thread and takes effect at once or not at all."""
+
+    changes: Changes
+    survives_fork: bool
+    """Whether a forked child and its parent see each other's spending."""
+
+    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> Account:
+        """Find an account, or open it.
+
+        Raises:
+            UsageError: the account is open with another ceiling: two budgets with one name and different limits.
+
+        """
+        ...
+
+    def reserve(
+        self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object, wrap_up: bool = False
+    ) -> Hold | Refusal:
+        """Hold ``amounts`` on every line, or on none.
+
+        Args:
+            lines: the accounts; an account that has no room refuses, unless its line is not enforced.
+            amounts: what the call could cost at most.
+            expires_at: when (monotonic seconds) an open hold is charged, because nobody can tell any more what became of it.
+            owner: kept on the hold.
+            wrap_up: may use what accounts keep back, and passes their latch.
+
+        Raises:
+            StaleAccount: look the lines up again.
+
+        """
+        ...
+
+    def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
+        """Replace what is held by what the call did cost. Once only; it also corrects a hold that was released or charged."""
+        ...
+
+    def release(self, hold: Hold) -> None:
+        """Give back what is held: the call was not sent. Does nothing to a hold that is no longer open."""
+        ...
+
+    def charge(self, hold: Hold) -> list[Notice]:
+        """Spend all that is held: the call may have been sent, and what it cost is unknown. Only on an open hold."""
+        ...
+
+    def expire(self, now: float) -> list[tuple[Hold, list[Notice]]]:
+        """Charge every open hold whose time is over at ``now`` (monotonic seconds)."""
+        ...
+
+    def holds(self) -> list[Hold]:
+        """The open holds."""
+        ...
+
+    def top_up(self, account: Account, amount: int) -> Balance:
+        """Raise the ceiling by ``amount`` and open the latch."""
+        ...
+
+    def balance(self, account: Account) -> Balance:
+        """Read an account."""
+        ...
+
+    def forget(self, accounts: Sequence[Account]) -> None:
+        """Take out accounts that only their own run still names; that run can go on using them."""
+        ...
+
+    def evict(self, wall: float) -> int:
+        """Take out accounts whose window is over at ``wall``, and idle ones that nothing was ever spent from. Tells how many."""
+        ...

@@ -1,0 +1,237 @@
+"""A ledger in the process's memory: exact under any number of threads and tasks, gone with the process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+
+from clevagent_core.budgets import Amounts
+from clevagent_core.errors import UsageError
+from clevagent_core.hookspecs import hookimpl
+from clevagent_core.ledger.account import (
+    Account,
+    AccountKey,
+    Balance,
+    Changes,
+    Hold,
+    Ledger,
+    Line,
+    Notice,
+    Refusal,
+    StaleAccount,
+)
+
+_EVICT_FROM = 1024
+"""The number of accounts from which opening another one looks for some to take out."""
+
+
+class MemoryLedger:
+    """Accounts in a dictionary, under one lock. See :class:`~clevagent_core.ledger.account.Ledger` for the contract."""
+
+    survives_fork = False
+
+    def __init__(self) -> None:
+        """Start with no accounts."""
+        self.changes = Changes()
+        self._lock = threading.Lock()
+        self._accounts: dict[AccountKey, Account] = {}
+        self._holds: dict[Hold, None] = {}
+        self._evict_at = _EVICT_FROM
+        _ledgers.add(self)
+
+    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> Account:
+        """See :meth:`Ledger.open`."""
+        with self._lock:
+            account = self._accounts.get(key)
+            if account is None:
+                account = self._accounts[key] = Account(key, ceiling=ceiling, keep=keep, warn_mark=warn_mark, ends_at=ends_at)
+            elif account.granted != ceiling or account.keep != keep:
+                raise UsageError(
+                    f"The budget {key.budget!r} is already in use with a ceiling of {account.granted} (keeping {account.keep}) for "
+                    f"{key.key!r}, and is now given with {ceiling} (keeping {keep}). One account cannot have two ceilings: give the "
+                    "budgets different names, or raise the ceiling with top_up()."
+                )
+            return account
+
+    def reserve(
+        self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object, wrap_up: bool = False
+    ) -> Hold | Refusal:
+        """See :meth:`Ledger.reserve`."""
+        with self._lock:
+            refused: Refusal | None = None
+            for line in lines:
+                account = line[0]
+                if account.closed:
+                    raise StaleAccount(account.key)
+                if not line[2]:
+                    continue
+                needed = amounts[line[1]]
+                total = account.spent + needed
+                if wrap_up:
+                    room = account.ceiling
+                    if not needed or total + account.held <= room:
+                        continue
+                elif account.latched:
+                    return self._refuse(line, needed, busy=False)
+                else:
+                    room = account.ceiling - account.keep
+                    # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
+                    if not needed or total + account.held <= room:
+                        continue
+                if total > room:
+                    return self._refuse(line, needed, busy=False)
+                refused = refused or Refusal(line, _balance(account), needed, busy=True, first=False)
+            if refused is not None:
+                return refused
+            hold = Hold(lines, amounts, expires_at=expires_at, owner=owner)
+            for account, unit, enforced in lines:
+                account.held += amounts[unit]
+                if not enforced and not account.told and account.spent + account.held > account.ceiling:
+                    account.told = True
+                    hold.notices = [*(hold.notices or ()), Notice("overshoot", _balance(account))]
+            self._holds[hold] = None
+            return hold
+
+    def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
+        """See :meth:`Ledger.settle`."""
+        with self._lock:
+            if hold.state == "settled":
+                return []
+            notices = self._spend(hold, amounts)
+            hold.state = "settled"
+        self.changes.notify()
+        return notices
+
+    def release(self, hold: Hold) -> None:
+        """See :meth:`Ledger.release`."""
+        with self._lock:
+            if hold.state != "open":
+                return
+            del self._holds[hold]
+            for account, unit, _ in hold.lines:
+                account.held -= hold.amounts[unit]
+            hold.state = "released"
+        self.changes.notify()
+
+    def charge(self, hold: Hold) -> list[Notice]:
+        """See :meth:`Ledger.charge`."""
+        with self._lock:
+            if hold.state != "open":
+                return []
+            notices = self._spend(hold, hold.amounts)
+            hold.state = "charged"
+        self.changes.notify()
+        return notices
+
+    def expire(self, now: float) -> list[tuple[Hold, list[Notice]]]:
+        """See :meth:`Ledger.expire`."""
+        overdue = [hold for hold in self.holds() if hold.expires_at <= now]
+        return [(hold, self.charge(hold)) for hold in overdue]
+
+    def holds(self) -> list[Hold]:
+        """See :meth:`Ledger.holds`."""
+        with self._lock:
+            return list(self._holds)
+
+    def top_up(self, account: Account, amount: int) -> Balance:
+        """See :meth:`Ledger.top_up`."""
+        with self._lock:
+            account.ceiling += amount
+            account.latched = account.told = account.warned = False
+            balance = _balance(account)
+        self.changes.notify()
+        return balance
+
+    def balance(self, account: Account) -> Balance:
+        """See :meth:`Ledger.balance`."""
+        with self._lock:
+            return _balance(account)
+
+    def forget(self, accounts: Sequence[Account]) -> None:
+        """See :meth:`Ledger.forget`."""
+        with self._lock:
+            for account in accounts:
+                self._accounts.pop(account.key, None)
+
+    def evict(self, wall: float) -> int:
+        """See :meth:`Ledger.evict`."""
+        with self._lock:
+            if len(self._accounts) < self._evict_at:
+                return 0
+            gone = [account for account in self._accounts.values() if _is_evictable(account, wall)]
+            for account in gone:
+                account.closed = True
+                del self._accounts[account.key]
+            # Looked at again once the number has doubled, so that opening an account stays O(1) on average.
+            self._evict_at = max(_EVICT_FROM, 2 * len(self._accounts))
+            return len(gone)
+
+    def _refuse(self, line: Line, needed: int, *, busy: bool) -> Refusal:
+        account = line.account
+        first = not account.told
+        account.told = account.latched = True
+        return Refusal(line, _balance(account), needed, busy, first)
+
+    def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
+        notices: list[Notice] = []
+        before = hold.charged
+        if hold.state == "open":
+            del self._holds[hold]
+        for account, unit, enforced in hold.lines:
+            if hold.state == "open":
+                account.held -= hold.amounts[unit]
+            account.spent += amounts[unit] - (before[unit] if before else 0)
+            if account.spent >= account.warn_mark and not account.warned:
+                account.warned = True
+                notices.append(Notice("warning", _balance(account)))
+            if account.spent > account.ceiling and not (account.latched if enforced else account.told):
+                account.told = True
+                account.latched = account.latched or enforced
+                notices.append(Notice("overshoot", _balance(account)))
+        hold.charged = amounts
+        return notices
+
+    def _after_fork(self) -> None:
+        # The parent may have held the lock. Its accounts go on without us: whoever names one must look it up again, and is
+        # told there that a child cannot share them.
+        self._lock = threading.Lock()
+        self.changes = Changes()
+        for account in self._accounts.values():
+            account.closed = True
+        self._accounts, self._holds = {}, {}
+
+
+def _balance(account: Account) -> Balance:
+    return Balance(account.key, account.ceiling, account.keep, account.spent, account.held, account.latched)
+
+
+def _is_evictable(account: Account, wall: float) -> bool:
+    untouched = account.spent == 0 and not account.latched and account.ceiling == account.granted
+    return account.held == 0 and (account.ends_at <= wall or untouched)
+
+
+_ledgers: weakref.WeakSet[MemoryLedger] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for ledger in list(_ledgers):
+        ledger._after_fork()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class MemoryLedgerProvider:
+    """Opens ``init(ledger="memory")``, the default."""
+
+    @hookimpl
+    def clevagent_ledger(self, url: str) -> Ledger | None:
+        """Answer for ``memory`` only."""
+        return MemoryLedger() if url == "memory" else None
+
+
+def plugin() -> MemoryLedgerProvider:
+    """Make the built-in plugin of this module."""
+    return MemoryLedgerProvider()

@@ -1,0 +1,279 @@
+"""Plugins of one watchdog: loaded one by one, checked, ordered, and the hot ones bound into plain calls.
+
+pluggy registers, validates, orders and blocks. A call through it costs over a microsecond, so the hooks that fire for every
+call of the agent are bound once: after each change of the set of plugins, ``Plugins`` holds tuples of bound methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from clevagent_core import hookspecs
+from clevagent_core.errors import PluginError, UsageError
+
+if TYPE_CHECKING:
+    from clevagent_core.budgets import Budget
+    from clevagent_core.calls import Call, LLMCall, Step
+    from clevagent_core.clock import Clock
+    from clevagent_core.ledger.account import Ledger
+    from clevagent_core.pricing import Rates
+    from clevagent_core.runs import Outcome, Reservation, Run, RunSummary, Ticket
+    from clevagent_core.verdicts import Incident, Verdict
+    from clevagent_core.watchdog import Watchdog
+
+logger = logging.getLogger("clevagent")
+
+ENTRY_POINT_GROUP = "clevagent"
+
+BUILTINS = (
+    "clevagent_core.guards.budget",
+    "clevagent_core.bounds",
+    "clevagent_core.price_list",
+    "clevagent_core.ledger.memory",
+)
+"""The built-in plugins by dotted name, in the order in which they are registered. Each module has ``plugin()``, which makes one.
+All are ordinary plugins: they use the public hooks only, and any of them can be blocked. Adapters are found like everybody's
+plugins, by the entry points of this distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginState:
+    """What became of one plugin."""
+
+    name: str
+    """Its dotted module name, or the entry point's name."""
+    source: str
+    """``built-in``, ``init`` (given by the user), or the distribution that brought it."""
+    status: str
+    """``loaded``, ``blocked`` or ``broken``."""
+    detail: str = ""
+    """Its hooks when it is loaded; what is wrong with it when it is broken."""
+
+
+class Plugins:
+    """The plugins of one watchdog, and one typed method per hook. Registering is not meant for several threads at once."""
+
+    def __init__(self, *, block: Iterable[str] = ()) -> None:
+        """Start with no plugins; those named in ``block`` are never registered."""
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._blocked = tuple(dict.fromkeys(block))
+        self._states: dict[str, PluginState] = {}
+        for name in self._blocked:
+            self._manager.set_blocked(name)
+        self._bind()
+
+    def load(self, extra: Sequence[object] = ()) -> None:
+        """Register the built-ins, then entry points, then ``extra`` (named by the user, so that a broken one is fatal).
+
+        Raises:
+            PluginError: one of ``extra`` is broken.
+            UsageError: ``block`` names a plugin that does not exist.
+
+        """
+        for name in BUILTINS:
+            if name in self._blocked:
+                self._states[name] = PluginState(name, "built-in", "blocked")
+            else:
+                self.register(import_module(name).plugin(), name=name, source="built-in")
+        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+            self._load_entry_point(point)
+        for plugin in extra:
+            self.register(plugin)
+        unknown = [name for name in self._blocked if name not in self._states]
+        if unknown:
+            raise UsageError(
+                f"block={unknown!r} names no plugin that is installed, so nothing was blocked by it. "
+                f"`clevagent plugins` lists what there is: {', '.join(self._states)}."
+            )
+
+    def register(self, plugin: object, *, name: str | None = None, source: str = "init") -> None:
+        """Register one plugin.
+
+        Raises:
+            PluginError: it has no hooks, a misspelt one, or a hot one that is a wrapper or takes other arguments.
+
+        """
+        if isinstance(plugin, type):
+            raise PluginError(
+                f"{plugin.__name__} is a class, so its hooks would be called without an instance. Register {plugin.__name__}() instead."
+            )
+        known = name or self._manager.get_canonical_name(plugin)
+        try:
+            self._manager.register(plugin, known)
+            self._manager.check_pending()
+            self._check(plugin)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            if self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+            raise PluginError(
+                f"The plugin {known!r} cannot be used: {error}. Its hooks must be named and written as in "
+                "clevagent_core.hookspecs; it was not registered."
+            ) from error
+        hooks = sorted(hook.name for hook in self._manager.get_hookcallers(plugin) or ())
+        self._states[known] = PluginState(known, source, "loaded", ", ".join(hooks))
+        self._bind()
+
+    def unregister(self, plugin: object) -> None:
+        """Take a plugin out again."""
+        name = self._manager.get_name(plugin)
+        self._manager.unregister(plugin)
+        if name is not None:
+            self._states.pop(name, None)
+        self._bind()
+
+    def states(self) -> tuple[PluginState, ...]:
+        """Tell what became of every plugin: loaded, blocked or broken."""
+        return tuple(self._states.values())
+
+    # -- hot hooks: bound once --------------------------------------------------------------------------------------------
+
+    before_call: tuple[tuple[Callable[[Run, Call], Verdict], object], ...]
+    """Checks, each with its plugin."""
+    reserve: tuple[tuple[Callable[[Run, Ticket, Sequence[Budget]], Reservation | Verdict], object], ...]
+    """Reservations, each with its plugin."""
+    call_settled: tuple[Callable[[Run, Call, Outcome], None], ...]
+    call_failed: tuple[Callable[[Run, Call, Outcome], None], ...]
+    step: tuple[Callable[[Run, Step], None], ...]
+
+    # -- everything else: through pluggy ----------------------------------------------------------------------------------
+
+    def configure(self, watchdog: Watchdog) -> None:
+        """Tell plugins that the watchdog is ready."""
+        for implementation in self._implementations("clevagent_configure"):
+            try:
+                _call(implementation, watchdog=watchdog)
+            except (UsageError, PluginError):
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"The plugin {implementation.plugin_name!r} failed while it was configured: {error!r}. "
+                    f"It cannot do its work; mend it, or leave it out with block=[{implementation.plugin_name!r}]."
+                ) from error
+
+    def unconfigure(self, watchdog: Watchdog) -> None:
+        """Tell plugins that the watchdog shuts down."""
+        self._observe("clevagent_unconfigure", watchdog=watchdog)
+
+    def run_started(self, run: Run) -> None:
+        """Tell observers that a run began."""
+        self._observe("clevagent_run_started", run=run)
+
+    def incident(self, incident: Incident) -> None:
+        """Tell observers that something is wrong. May block: not for the caller's thread."""
+        self._observe("clevagent_incident", incident=incident)
+
+    def run_ended(self, run: Run, summary: RunSummary) -> None:
+        """Tell observers that a run is over."""
+        self._observe("clevagent_run_ended", run=run, summary=summary)
+
+    def guard(self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
+        """Ask who can guard ``obj``."""
+        found: object | None = self._manager.hook.clevagent_guard(obj=obj, watchdog=watchdog, budgets=budgets)
+        return found
+
+    def attach(self, name: str, watchdog: Watchdog) -> bool:
+        """Ask who can attach to the framework ``name``."""
+        return bool(self._manager.hook.clevagent_attach(name=name, watchdog=watchdog))
+
+    def price(self, model: str, provider: str | None, service_tier: str | None) -> Rates | None:
+        """Ask for a model's rates; a provider that fails counts as one that does not know."""
+        found: Rates | None = self._first("clevagent_price", model=model, provider=provider, service_tier=service_tier)
+        return found
+
+    def bound(self, call: LLMCall) -> int | None:
+        """Ask for the bound of a call's input; a provider that fails counts as one that cannot tell."""
+        for provider in self._bounds:
+            try:
+                bound = provider(call)
+            except Exception:  # whose code: a plugin's; the context window then stands for the bound
+                logger.exception("A provider of bounds failed; the call counts as the model's whole context window.")
+                continue
+            if bound is not None:
+                return bound
+        return None
+
+    def ledger(self, url: str, clock: Clock) -> Ledger | None:
+        """Ask who can open the ledger ``url``."""
+        found: Ledger | None = self._manager.hook.clevagent_ledger(url=url, clock=clock)
+        return found
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _load_entry_point(self, point: EntryPoint) -> None:
+        source = point.dist.name if point.dist is not None else "entry point"
+        if point.name in self._blocked:
+            self._states[point.name] = PluginState(point.name, source, "blocked")
+            return
+        try:
+            plugin = point.load()
+            self.register(plugin() if isinstance(plugin, type) else plugin, name=point.name, source=source)
+        except Exception as error:  # whose code: anybody's package, imported because it is installed
+            logger.warning("The plugin %r of %s is broken and was left out: %r", point.name, source, error)
+            self._states[point.name] = PluginState(point.name, source, "broken", f"{type(error).__name__}: {error}")
+
+    def _check(self, plugin: object) -> None:
+        callers = self._manager.get_hookcallers(plugin) or []
+        if not callers:
+            raise ValueError("it has no method marked with @hookimpl")
+        for caller in callers:
+            if caller.name not in hookspecs.HOT_HOOKS:
+                continue
+            wanted = list(inspect.signature(getattr(hookspecs, caller.name)).parameters)
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is not plugin:
+                    continue
+                if implementation.wrapper or implementation.hookwrapper:
+                    raise ValueError(f"{caller.name} is a hot hook and is called without wrappers")
+                if list(implementation.argnames) != wanted:
+                    raise ValueError(f"{caller.name} is a hot hook and must take ({', '.join(wanted)}), in this order")
+
+    def _bind(self) -> None:
+        # pluggy tells nobody when plugins change, so register and unregister go through this class.
+        self.before_call = self._bound_with_plugin("clevagent_before_call")
+        self.reserve = self._bound_with_plugin("clevagent_reserve")
+        self.call_settled = self._bound("clevagent_call_settled")
+        self.call_failed = self._bound("clevagent_call_failed")
+        self.step = self._bound("clevagent_step")
+        self._bounds = self._bound("clevagent_bound")
+
+    def _implementations(self, hook: str) -> list[pluggy.HookImpl]:
+        # pluggy keeps them in reverse order of calling.
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        return list(reversed(caller.get_hookimpls()))
+
+    def _bound(self, hook: str) -> tuple[Callable[..., Any], ...]:
+        return tuple(implementation.function for implementation in self._implementations(hook))
+
+    def _bound_with_plugin(self, hook: str) -> tuple[tuple[Callable[..., Any], object], ...]:
+        return tuple((implementation.function, implementation.plugin) for implementation in self._implementations(hook))
+
+    def _observe(self, hook: str, **arguments: object) -> None:
+        for implementation in self._implementations(hook):
+            try:
+                _call(implementation, **arguments)
+            except Exception:  # whose code: a plugin's; observers fail open, and one never silences the next
+                logger.exception("The plugin %r failed in %s and was passed over.", implementation.plugin_name, hook)
+
+    def _first(self, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - the specification has the type
+        for implementation in self._implementations(hook):
+            try:
+                answer = _call(implementation, **arguments)
+            except Exception:  # whose code: a plugin's; a provider that fails counts as one that does not know
+                logger.exception("The plugin %r failed in %s and was passed over.", implementation.plugin_name, hook)
+                continue
+            if answer is not None:
+                return answer
+        return None
+
+
+def _call(implementation: pluggy.HookImpl, **arguments: object) -> Any:  # noqa: ANN401 - the specification has the type
+    return implementation.function(*(arguments[name] for name in implementation.argnames))

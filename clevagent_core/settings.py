@@ -1,0 +1,158 @@
+"""Settings: argument > environment ``CLEVAGENT_*`` > default, resolved once into a frozen dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from clevagent_core.budgets import Budget, check_names
+from clevagent_core.errors import UsageError
+from clevagent_core.pricing import Price
+
+ENV_PREFIX = "CLEVAGENT_"
+
+Estimate = Literal["upper", "expected"]
+UnknownPrice = Literal["refuse", "allow"]
+
+
+def _setting(default: Any, read: Callable[[str], Any] | None = None, *, factory: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - the field has the type
+    metadata = {"read": read}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _read_flag(text: str) -> bool:
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"", "0", "false", "no", "off"}:
+        return False
+    raise ValueError("is neither on (1, true, yes, on) nor off (0, false, no, off)")
+
+
+def _read_names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in re.split(r"[,\s]+", text) if name)
+
+
+def _read_budgets(text: str) -> tuple[Budget, ...]:
+    budgets = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        words: dict[str, Any] = {}
+        for pair in part.split():
+            name, equals, value = pair.partition("=")
+            known = {spec.name for spec in fields(Budget)}
+            if not equals or name not in known:
+                raise ValueError(f"has {pair!r}, which is not one of {', '.join(sorted(known))} followed by = and a value")
+            is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE)
+            words[name] = float(value) if is_number else value
+        budgets.append(Budget(**words))
+    return tuple(budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be set. Each field is also the environment variable ``CLEVAGENT_`` + its name in capitals."""
+
+    agent: str = _setting("agent", str)
+    """What is watched, as people know it; stands in every incident and summary."""
+    budgets: tuple[Budget, ...] = _setting((), _read_budgets)
+    """Ceilings for all of the process's work. In the environment: ``usd=5 per=day; llm_calls=100``."""
+    prices: Mapping[str, Price] = _setting(None, factory=dict)
+    """Prices of your own, by model name; they go before the price list. Not in the environment."""
+    ledger: str = _setting("memory", str)
+    """Where accounts are kept. ``memory``: in the process."""
+    attach: tuple[str, ...] = _setting((), _read_names)
+    """Frameworks to attach to as a whole, without a change to the code that uses them: ``langchain``."""
+    plugins: tuple[object, ...] = _setting(())
+    """Plugins of your own, beside those that are installed. Not in the environment."""
+    block: tuple[str, ...] = _setting((), _read_names)
+    """Plugins to leave out, by the names that ``clevagent plugins`` lists; built-in ones too."""
+    dry_run: bool = _setting(default=False, read=_read_flag)
+    """Work everything out and tell it, but stop nothing."""
+    estimate: Estimate = _setting("upper", str)
+    """``upper`` reserves what a call can cost at most, and the ceiling holds; ``expected`` reserves what such calls usually
+    cost, and the ceiling can be passed by what they cost more."""
+    assume_output_tokens: int = _setting(4096, int)
+    """What a call without an output limit is taken to write at most, where no limit can be sent with it."""
+    wait_s: float = _setting(30.0, float)
+    """How many seconds a call may wait for money that calls in flight hold; 0 never waits."""
+    hold_s: float = _setting(900.0, float)
+    """After how many seconds a call that nobody has heard of again is charged its upper bound."""
+    flush_s: float = _setting(2.0, float)
+    """How many seconds ``shutdown`` may take to tell observers what they have not heard yet."""
+    unknown_price: UnknownPrice = _setting("refuse", str)
+    """What happens to a model without a price under a budget in US dollars: ``refuse``, or ``allow`` it as costing 0."""
+
+    @classmethod
+    def resolve(cls, arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
+        """Put arguments, environment and defaults together.
+
+        Args:
+            arguments: by field name; ``None`` counts as not given.
+            environment: ``os.environ`` when ``None``.
+
+        Raises:
+            UsageError: an unknown name (the nearest known one is told), or a value that cannot be what it is given for.
+
+        """
+        environment = os.environ if environment is None else environment
+        specs = {spec.name: spec for spec in fields(cls)}
+        values: dict[str, Any] = {}
+        for variable, text in environment.items():
+            if not variable.startswith(ENV_PREFIX):
+                continue
+            name = variable.removeprefix(ENV_PREFIX).lower()
+            readers = {known: spec.metadata["read"] for known, spec in specs.items() if spec.metadata["read"] is not None}
+            if name not in readers:
+                raise UsageError(_unknown(variable, [ENV_PREFIX + known.upper() for known in readers], "environment variable"))
+            try:
+                values[name] = readers[name](text)
+            except ValueError as error:
+                raise UsageError(
+                    f"The environment variable {variable}={text!r} cannot be used: it {error}. Correct it, or unset it."
+                ) from error
+        for name, value in arguments.items():
+            if name not in specs:
+                raise UsageError(_unknown(name, list(specs), "setting"))
+            if value is not None:
+                values[name] = tuple(value) if isinstance(value, list) else value
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        for name, kind in (("budgets", "Budget"), ("attach", "str"), ("block", "str"), ("plugins", "object")):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise UsageError(f"{name}={value!r} is not a list. Write {name}=[...] with {kind} items.")
+        if not isinstance(self.agent, str) or not self.agent:
+            raise UsageError(f"agent={self.agent!r} names nothing. Give the agent a name, for example agent='research'.")
+        check_names(self.budgets)
+        for model, price in self.prices.items():
+            if not isinstance(price, Price):
+                raise UsageError(
+                    f"prices={{{model!r}: {price!r}}} is no Price. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
+                    "(US dollars per million tokens)."
+                )
+        for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(f"{name}={value!r} is not known. Use {' or '.join(map(repr, allowed))}.")
+        for name, least in (("wait_s", 0), ("hold_s", 1), ("flush_s", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+                raise UsageError(f"{name}={value!r} is no number of seconds. Give a number of at least {least}.")
+        tokens = self.assume_output_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise UsageError(f"assume_output_tokens={tokens!r} is no number of tokens. Give a whole number of at least 1.")
+
+
+def _unknown(name: str, known: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{name!r} is no {what} of ClevAgent, so nothing would come of it. {hint}Known are: {', '.join(sorted(known))}."

@@ -1,0 +1,330 @@
+"""The watchdog: owns the plugins, the ledger, and the runs of one agent. Two of them in one process share nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, cast
+
+from clevagent_core.budgets import Budget, check_names
+from clevagent_core.calls import LLMCall
+from clevagent_core.clock import Clock, SystemClock
+from clevagent_core.errors import UsageError
+from clevagent_core.incidents import IncidentTeller
+from clevagent_core.ledger.account import Ledger
+from clevagent_core.plugins import Plugins
+from clevagent_core.pricing import Rates
+from clevagent_core.runs import Run, RunSummary, Ticket
+from clevagent_core.settings import Settings
+from clevagent_core.verdicts import Incident
+
+logger = logging.getLogger("clevagent")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_RATES = 4096
+_RECENT = 100
+
+
+class Watchdog:
+    """Everything that watches one agent. Most programs use the one that ``clevagent.init()`` makes.
+
+    Safe to use from any thread and any event loop.
+    """
+
+    def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:  # noqa: ANN401 - Settings has the types
+        """Resolve the settings, load the plugins, open the ledger.
+
+        Args:
+            clock: another clock, for tests.
+            settings: the fields of :class:`~clevagent_core.settings.Settings`.
+
+        Raises:
+            UsageError: a setting that is unknown or cannot be what it is. PluginError: a plugin given by name is broken.
+
+        """
+        self.settings = Settings.resolve(settings)
+        self.clock: Clock = clock or SystemClock()
+        self.pid = os.getpid()
+        self.current: ContextVar[Run | None] = ContextVar("clevagent_run", default=None)
+        """The innermost run of this context."""
+        self.wrapping_up: ContextVar[bool] = ContextVar("clevagent_wrapping_up", default=False)
+        """Whether calls of this context may use what budgets keep back."""
+        self.tool: ContextVar[str | None] = ContextVar("clevagent_tool", default=None)
+        """The tool that this context runs."""
+        self.recent: deque[Incident] = deque(maxlen=_RECENT)
+        """The latest incidents, oldest first."""
+        self.plugins = Plugins(block=self.settings.block)
+        self._teller = IncidentTeller(self.plugins.incident, self.clock)
+        self._lock = threading.Lock()
+        self._active: dict[Run, None] = {}
+        self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
+        self._next_expiry_check = self.clock.monotonic()
+        self.is_used = False
+        """Whether a run was started or a call was made: what it counted would be lost if it were replaced."""
+        self._is_shut_down = False
+        self._attached: set[str] = set()
+        self.plugins.load(self.settings.plugins)
+        ledger = self.plugins.ledger(self.settings.ledger, self.clock)
+        if ledger is None:
+            raise UsageError(
+                f"ledger={self.settings.ledger!r} is not known to any plugin, so nothing could be counted. "
+                "Use ledger='memory' (the default), or install the plugin that knows it."
+            )
+        self.ledger: Ledger = ledger
+        self.process_run = Run(self, run_id="process")
+        """What is called outside every run belongs to this one."""
+        self.plugins.configure(self)
+        for name in self.settings.attach:
+            self.attach(name)
+
+    def attach(self, name: str) -> None:
+        """Attach to a whole framework, until ``shutdown``.
+
+        Raises:
+            UsageError: no plugin can.
+
+        """
+        if name in self._attached:
+            return
+        if not self.plugins.attach(name, self):
+            raise UsageError(
+                f"attach={name!r}: no plugin can attach to that, so nothing of it would be guarded. "
+                "Known here: 'langchain' (pip install with the [langchain] extra). `clevagent plugins` lists what is loaded."
+            )
+        self._attached.add(name)
+
+    # -- runs -------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        *,
+        budgets: Sequence[Budget] = (),
+        guards: Sequence[object] = (),
+        tags: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ) -> RunBlock:
+        """Make a block for one piece of work: see ``clevagent.run``."""
+        return RunBlock(lambda: self, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
+
+    def current_run(self) -> Run:
+        """Find the run that a call made here belongs to.
+
+        The innermost ``with`` block of this context. A raw thread inherits none: while one run (with those nested in it) is
+        active in the process, its calls count against that; else against the process's own run.
+        """
+        run = self.current.get()
+        if run is not None:
+            return run
+        active = self._active
+        if not active:
+            return self.process_run
+        with self._lock:
+            runs = list(active)
+        if runs and all(other.root is runs[0].root for other in runs):
+            return runs[-1]
+        return self.process_run
+
+    def start_run(
+        self,
+        *,
+        budgets: Sequence[Budget] = (),
+        tags: Mapping[str, str] | None = None,
+        parent: Run | None = None,
+        dry_run: bool = False,
+        guards: Sequence[object] = (),
+        inherited: bool = True,
+    ) -> Run:
+        """Begin a run; whoever begins it ends it.
+
+        Args:
+            budgets: its own ceilings.
+            tags: what it is known by, for ``Budget(by=...)``.
+            parent: the run around it.
+            dry_run: stop nothing in it.
+            guards: plugins for this run, and for those nested in it.
+            inherited: whether raw threads belong to it while it is the only one active.
+
+        Raises:
+            UsageError: two budgets with one name; an action nothing can carry out; a tag that is no text; after ``shutdown``.
+
+        """
+        if self._is_shut_down:
+            raise UsageError("This watchdog was shut down, so nothing would be guarded. Call clevagent.init() again first.")
+        check_names(tuple(budgets))
+        for name, value in (tags or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise UsageError(f"tags={{{name!r}: {value!r}}}: names and values of tags are text. Write str({value!r}).")
+        own = None
+        if guards:
+            own = Plugins()
+            for guard in guards:
+                own.register(guard)
+        run = Run(self, budgets=budgets, tags=tags, parent=parent, dry_run=dry_run, guards=own)
+        if inherited:
+            with self._lock:
+                self._active[run] = None
+        self.plugins.run_started(run)
+        return run
+
+    def run_is_over(self, run: Run, summary: RunSummary) -> None:
+        """Take note that a run has ended, and tell observers."""
+        with self._lock:
+            self._active.pop(run, None)
+        self.plugins.run_ended(run, summary)
+
+    # -- what runs and guards need ----------------------------------------------------------------------------------------
+
+    def rates(self, call: LLMCall) -> Rates | None:
+        """Find what a model costs now; remembered until the price changes."""
+        key = (call.model, call.provider, call.service_tier)
+        found = self._rates.get(key)
+        if found is not None and self.clock.wall() < found[1]:
+            return found[0]
+        rates = self.plugins.price(*key)
+        if len(self._rates) >= _RATES:
+            self._rates.clear()
+        # What nobody knows is asked for again after a minute: a price list may have been updated.
+        self._rates[key] = rates, rates.valid_until if rates is not None else self.clock.wall() + 60
+        return rates
+
+    def next_expiry(self) -> float:
+        """Tell when (monotonic seconds) a hold made now is charged; now and then, charge those whose time is over."""
+        now = self.clock.monotonic()
+        if now >= self._next_expiry_check:
+            self._next_expiry_check = now + self.settings.hold_s / 10
+            self.expire(now)
+        return now + self.settings.hold_s
+
+    def expire(self, now: float) -> None:
+        """Charge every call that nobody has heard of for ``hold_s`` seconds."""
+        for hold in self.ledger.holds():
+            if hold.expires_at <= now and isinstance(hold.owner, Ticket):
+                hold.owner.charge()
+        self.ledger.expire(now)
+
+    def tell(self, incident: Incident) -> None:
+        """Tell an incident: in the log now, to observers on another thread. Never blocks, never raises."""
+        self.recent.append(incident)
+        logger.warning("%s", incident.message, extra={"clevagent_incident": incident})
+        self._teller.tell(incident)
+
+    def flush(self, timeout_s: float | None = None) -> int:
+        """Wait until observers have heard every incident, at most ``timeout_s`` (``flush_s``) seconds; tell how many are left."""
+        return self._teller.flush(self.settings.flush_s if timeout_s is None else timeout_s)
+
+    def shutdown(self) -> None:
+        """End every run that is still active, detach, tell what is waiting, within ``flush_s`` seconds. Safe to call twice."""
+        if self._is_shut_down:
+            return
+        with self._lock:
+            active = list(self._active)
+        for run in reversed(active):
+            run.end()
+        self.process_run.end()
+        self._is_shut_down = True
+        self.plugins.unconfigure(self)
+        self._teller.stop(self.settings.flush_s)
+
+
+class RunBlock:
+    """``with clevagent.run(...) as run:``, its async twin, and the decorator of the same name.
+
+    One block can be entered many times, also at once: each time is a run of its own.
+    """
+
+    def __init__(
+        self,
+        watchdog: Callable[[], Watchdog],
+        *,
+        budgets: Sequence[Budget],
+        guards: Sequence[object],
+        tags: Mapping[str, str] | None,
+        dry_run: bool,
+    ) -> None:
+        """Made by ``run()``."""
+        self._watchdog = watchdog
+        self._budgets = tuple(budgets)
+        self._guards = tuple(guards)
+        self._tags = dict(tags or {})
+        self._dry_run = dry_run
+        self._runs: list[Run] = []
+        check_names(self._budgets)
+
+    def __enter__(self) -> Run:
+        """Begin a run."""
+        watchdog = self._watchdog()
+        outer = watchdog.current.get()
+        run = watchdog.start_run(
+            budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards
+        )
+        self._runs.append(run)
+        watchdog.current.set(run)
+        return run
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the run; what was raised goes on."""
+        run = self._innermost()
+        self._runs.remove(run)
+        # Not by token: a generator may be closed in another context than the one it was entered in.
+        if run.watchdog.current.get() is run:
+            run.watchdog.current.set(run.parent)
+        run.end()
+
+    def _innermost(self) -> Run:
+        # Entered several times at once, the block finds its run by the context; elsewhere the last one is meant.
+        for watchdog in {run.watchdog for run in self._runs}:
+            run = watchdog.current.get()
+            while run is not None:
+                if run in self._runs:
+                    return run
+                run = run.parent
+        return self._runs[-1]
+
+    async def __aenter__(self) -> Run:
+        """Begin a run."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the run; what was raised goes on."""
+        self.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Make each call of ``function`` (sync or async) a run of its own.
+
+        Raises:
+            UsageError: it is a generator, whose body runs in pieces between which the run would be everybody's.
+
+        """
+        if isgeneratorfunction(function) or isasyncgenfunction(function):
+            raise UsageError(
+                f"@run cannot wrap the generator {function.__name__}(): its body runs in pieces, and the code between them would "
+                "count against its run. Open `with clevagent.run(...)` around the loop that consumes it."
+            )
+        if iscoroutinefunction(function):
+
+            @wraps(function)
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401 - as the function
+                with self:
+                    return await function(*args, **kwargs)
+
+            return cast("Callable[P, R]", run_async)
+
+        @wraps(function)
+        def run_sync(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return run_sync
