@@ -93,7 +93,7 @@ class _Conversation:
 
     __slots__ = ("input_tokens", "items", "tools")
 
-    def __init__(self, items: list[object], tools: Sequence[object], input_tokens: int) -> None:
+    def __init__(self, items: list[object], tools: list[object], input_tokens: int) -> None:
         self.items = items
         self.tools = tools
         self.input_tokens = input_tokens
@@ -104,7 +104,8 @@ class _Conversation:
         items = call.input
         if count > len(items) or self.items != (items if count == len(items) else items[:count]):
             return False
-        return self.tools is call.tools or self.tools == call.tools
+        tools = call.tools
+        return self.tools == list(tools) if tools else not self.tools
 
 
 class CalibratedBounds:

@@ -4,9 +4,9 @@
     Rates.upper_bound(input_tokens, output_tokens) -> pico-USD            before the call, to reserve
     Rates.cost(usage)                              -> pico-USD            after it, to settle
 
-Rates follow genai-prices: tiers are cliffs (a tier's rates apply to *all* tokens of a request), and tokens of a kind without
-a price of its own cost what their parent kind costs (cached input costs what input costs). A rate that is no whole number of
-pico-USD (28 in the list, all leftovers of a division) is rounded up: at most one dollar too much in 10**12 tokens.
+Rates follow genai-prices: tiers are cliffs (a tier's rates apply to *all* tokens of a request), and tokens of a kind
+without a price of its own cost what their parent kind costs (cached input costs what input costs). A rate that is no whole
+number of pico-USD (28 in the list, all leftovers of a division) is rounded up: at most a dollar too much in 10**12 tokens.
 
 Only tokens of text and audio, cached or not, and a fee per request are counted. Not counted, because no usage here tells
 them: images and video (their tokens cost what text does, though some models charge many times more), seconds, characters,
@@ -34,7 +34,7 @@ from clevagent_core.errors import UsageError
 from clevagent_core.money import PICO_PER_USD, PICO_PER_USD_PER_MILLION
 
 if TYPE_CHECKING:
-    from genai_prices.types import ConditionalPrice, ModelInfo, ModelPrice, PriceVariant, Provider
+    from genai_prices.types import ConditionalPrice, ModelInfo, ModelPrice, PriceVariant, Provider, TieredPrices
 
 _Key = tuple[str, str | None, str | None]
 _Value = TypeVar("_Value")
@@ -82,8 +82,9 @@ class Tier:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise UsageError(
-                    f"Tier({name}={value!r}) is not a rate: rates are whole numbers of pico-USD a token, at least 0, so that "
-                    "sums stay exact. Round the rate up, or write Price(input=..., output=...) in US dollars per million tokens."
+                    f"Tier({name}={value!r}) is not a rate: rates are whole numbers of pico-USD a token, at least 0, so "
+                    "that sums stay exact. Round the rate up, or write Price(input=..., output=...), in US dollars per "
+                    "million tokens."
                 )
 
 
@@ -354,7 +355,7 @@ def _remember(memo: dict[_Key, _Value], key: _Key, value: _Value) -> None:
 
 def _providers() -> Sequence[Provider]:
     # Lazily: the import costs 0.1 s and more, and brings pydantic and an HTTP client that nothing here uses.
-    from genai_prices.data_snapshot import get_snapshot
+    from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415 - lazily, as said above
 
     return get_snapshot().providers
 
@@ -384,7 +385,7 @@ def _find_named(name: str, provider: str | None) -> tuple[Provider, ModelInfo] |
 
 
 def _provider(provider: str) -> Provider | None:
-    from genai_prices.data_snapshot import find_provider_by_id
+    from genai_prices.data_snapshot import find_provider_by_id  # noqa: PLC0415 - lazily, see _providers
 
     return find_provider_by_id(list(_providers()), provider)
 
@@ -451,7 +452,7 @@ def _standard_prices(model: ModelInfo) -> list[ModelPrice]:
 
 def _next_change(conditions: Iterable[ConditionalPrice | PriceVariant], now: float) -> float:
     """Tell the next moment at which any condition begins or ceases to hold, in wall seconds."""
-    from genai_prices.types import StartDateConstraint
+    from genai_prices.types import StartDateConstraint  # noqa: PLC0415 - lazily, see _providers
 
     changes = [math.inf]
     today = utc(now).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -489,9 +490,8 @@ def _tiers(prices: Sequence[ModelPrice]) -> tuple[Tier, ...]:
 
 
 def _starts(price: ModelPrice) -> set[int]:
-    from genai_prices.types import TieredPrices
-
-    return {tier.start for value in vars(price).values() if isinstance(value, TieredPrices) for tier in value.tiers}
+    values: Iterable[Decimal | TieredPrices | None] = vars(price).values()
+    return {tier.start for value in values if value is not None and not isinstance(value, Decimal) for tier in value.tiers}
 
 
 def _tier(price: ModelPrice, start: int) -> Tier:
@@ -514,14 +514,11 @@ def _tier(price: ModelPrice, start: int) -> Tier:
 
 def _at(price: ModelPrice, key: str, start: int, parent: Decimal) -> Decimal:
     """Read one price for a request whose input lies just above ``start``."""
-    value: object = getattr(price, key)
+    value: Decimal | TieredPrices | None = getattr(price, key)
     if value is None:
         return parent
     if isinstance(value, Decimal):
         return value
-    from genai_prices.types import TieredPrices
-
-    assert isinstance(value, TieredPrices)
     found = value.base
     for tier in value.tiers:
         if tier.start <= start:

@@ -1,0 +1,244 @@
+"""How each provider's LangChain model takes an output limit, and where its SDK keeps its retries.
+
+The wrong key is refused by some providers and ignored by others, so a limit is only sent where the key is known (measured):
+``max_tokens`` for OpenAI chat, Anthropic and Mistral, ``max_completion_tokens`` for OpenAI Responses, ``max_output_tokens`` for
+Gemini, ``options.num_predict`` for Ollama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+
+from clevagent_core.calls import LLMCall
+from clevagent_core.runs import Ticket
+from clevagent_langchain import requests
+
+_FLOOR = 256
+"""An ordinary answer cut below this many tokens is hardly worth its prompt."""
+_WHOLE_FLOOR = 1024
+"""The same where a cut answer cannot be read at all, and no limit was given."""
+_AFTER_THINKING = 256
+
+
+class Dialect:
+    """A model of an unknown provider: it is described and metered, but no limit is sent and its retries stay its own."""
+
+    is_known = False
+    provider: str | None = None
+
+    def model_name(self, model: BaseChatModel) -> str:
+        """The name that the request carries."""
+        for attribute in ("model_name", "model", "model_id"):
+            name = getattr(model, attribute, None)
+            if isinstance(name, str) and name:
+                return name
+        return type(model).__name__
+
+    def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of the request that matter here: the model's own, then those of this call."""
+        params: dict[str, Any] = {}
+        for name in ("max_tokens", "max_output_tokens", "num_predict", "n", "extra_body", "model_kwargs", "tools"):
+            value = getattr(model, name, None)
+            if value is not None:
+                params[name] = value
+        return {**params, **kwargs}
+
+    def describe(self, model: BaseChatModel, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any]) -> LLMCall:
+        """Say what the model is about to send."""
+        params = self.params(model, kwargs)
+        limit = self._limit(model, params, kwargs)
+        floor = _FLOOR
+        if requests.wants_whole_answer(params):
+            floor = limit or _WHOLE_FLOOR
+        thinking = requests.thinking_tokens(params)
+        if thinking:
+            floor = max(floor, thinking + _AFTER_THINKING)
+        call = LLMCall(
+            model=kwargs.get("model") or self.model_name(model),
+            input=requests.items_of(messages),
+            tools=requests.schemas_of(params),
+            max_output_tokens=limit,
+            min_output_tokens=floor,
+            most_output_tokens=self._most(model) if limit is None else None,
+            clamp=self.is_known,
+            answers=requests.answers_of(params),
+            provider=self.provider,
+            opaque=requests.has_opaque(messages) or requests.is_unbounded(params),
+            service_tier=params.get("service_tier"),
+        )
+        if call.opaque:
+            call.context_window = _profile(model).get("max_input_tokens")
+        return call
+
+    def with_limit(self, model: BaseChatModel, kwargs: dict[str, Any], ticket: Ticket, call: LLMCall) -> dict[str, Any]:
+        """Give the call's keywords with the output limit that was granted."""
+        limit = ticket.max_output_tokens
+        if not self.is_known or limit is None or limit == call.max_output_tokens:
+            return kwargs
+        return self.set_limit(model, kwargs, limit)
+
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+        """Put ``limit`` where this provider reads it, and take every other limit out of the way."""
+        return kwargs
+
+    def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+        """Give the call's keywords so that a stream tells its usage."""
+        return kwargs
+
+    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:  # noqa: ARG002 - for subclasses
+        """Switch the SDK's retries off in ``copy``; tell how many there were."""
+        return 0
+
+    def _limit(self, model: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> int | None:  # noqa: ARG002
+        return requests.largest_limit(params)
+
+    def _most(self, model: BaseChatModel) -> int | None:
+        most = _profile(model).get("max_output_tokens")
+        return most if type(most) is int and most > 0 else None
+
+
+class OpenAIDialect(Dialect):
+    """``BaseChatOpenAI`` and what derives from it (Azure, DeepSeek, xAI, ...)."""
+
+    is_known = True
+
+    def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`Dialect.params`."""
+        params = {"max_tokens": getattr(model, "max_tokens", None), "n": getattr(model, "n", None)}
+        for name in ("extra_body", "model_kwargs", "service_tier", "use_previous_response_id"):
+            value = getattr(model, name, None)
+            if value:
+                params[name] = value
+        return {**params, **(params.get("model_kwargs") or {}), **kwargs} if kwargs or "model_kwargs" in params else params
+
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
+        """See :meth:`Dialect.set_limit`. A limit of the call goes before the constructor's, except in ``extra_body``."""
+        sent = _without_limits(kwargs, getattr(model, "extra_body", None))
+        # The Responses API renames each of them in turn, and the last renamed is sent.
+        uses_responses = getattr(model, "_use_responses_api", None)
+        responses = uses_responses is not None and uses_responses({**(getattr(model, "model_kwargs", None) or {}), **kwargs})
+        sent["max_completion_tokens" if responses else "max_tokens"] = limit
+        return sent
+
+    def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Ask for usage unless the user has said no: behind a base URL of one's own LangChain does not ask."""
+        if getattr(model, "stream_usage", None) is None and "stream_usage" not in kwargs and "stream_options" not in kwargs:
+            return {**kwargs, "stream_usage": True}
+        return dict(kwargs)
+
+    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
+        """The clients are made when the model is: give the copy clients of its own that share the connections."""
+        retries = getattr(model, "max_retries", None)
+        fields = copy.__dict__
+        for root_name, name in (("root_client", "client"), ("root_async_client", "async_client")):
+            root = fields.get(root_name)
+            if root is None:
+                continue
+            if retries is None:
+                retries = root.max_retries
+            fields[root_name] = root.with_options(max_retries=0)
+            fields[name] = fields[root_name].chat.completions
+        fields["max_retries"] = 0
+        return int(retries or 0)
+
+
+class AnthropicDialect(Dialect):
+    """``ChatAnthropic``."""
+
+    is_known = True
+    provider = "anthropic"
+
+    def model_name(self, model: BaseChatModel) -> str:
+        """See :meth:`Dialect.model_name`."""
+        return str(getattr(model, "model", ""))
+
+    def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`Dialect.params`."""
+        params = {"max_tokens": getattr(model, "max_tokens", None)}
+        for name in ("thinking", "model_kwargs", "mcp_servers", "output_config"):
+            value = getattr(model, name, None)
+            if value:
+                params[name] = value
+        return {**params, **(params.get("model_kwargs") or {}), **kwargs}
+
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
+        """See :meth:`Dialect.set_limit`."""
+        sent = _without_limits(kwargs, None)
+        sent["max_tokens"] = limit
+        return sent
+
+    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
+        """The clients are made when they are first used; those that were made already share their connections."""
+        fields = copy.__dict__
+        for name in ("_client", "_async_client"):
+            if name in fields:
+                fields[name] = fields[name].with_options(max_retries=0)
+        fields["max_retries"] = 0
+        return int(getattr(model, "max_retries", 0) or 0)
+
+    def _limit(self, model: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> int | None:
+        # Every request must carry a limit, so the model's own maximum stands in where the user gave none.
+        if "max_tokens" in model.model_fields_set or any(key in kwargs for key in requests.LIMIT_KEYS):
+            return requests.largest_limit(params)
+        return None
+
+    def _most(self, model: BaseChatModel) -> int | None:
+        return getattr(model, "max_tokens", None)
+
+
+class KeywordDialect(Dialect):
+    """Models that take the limit as one keyword of the call."""
+
+    is_known = True
+
+    def __init__(self, key: str, provider: str) -> None:
+        self._key = key
+        self.provider = provider
+
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:  # noqa: ARG002 - as the base
+        """See :meth:`Dialect.set_limit`."""
+        return {**_without_limits(kwargs, None), self._key: limit}
+
+    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
+        """These read ``max_retries`` when a call is made."""
+        retries = getattr(model, "max_retries", None)
+        if isinstance(retries, int):
+            copy.__dict__["max_retries"] = 0
+            return retries
+        return 0
+
+
+_DIALECTS: dict[str, Dialect] = {
+    "langchain_openai": OpenAIDialect(),
+    "langchain_anthropic": AnthropicDialect(),
+    "langchain_mistralai": KeywordDialect("max_tokens", "mistral"),
+    "langchain_google_genai": KeywordDialect("max_output_tokens", "google"),
+}
+_UNKNOWN = Dialect()
+
+
+def dialect_of(model: BaseChatModel) -> Dialect:
+    """Find how ``model`` takes its limits, by the package that its class, or one that it derives from, comes from."""
+    for base in type(model).__mro__:
+        dialect = _DIALECTS.get(base.__module__.partition(".")[0])
+        if dialect is not None:
+            return dialect
+    return _UNKNOWN
+
+
+def _profile(model: BaseChatModel) -> Mapping[str, Any]:
+    profile = getattr(model, "profile", None)
+    return profile if isinstance(profile, Mapping) else {}
+
+
+def _without_limits(kwargs: Mapping[str, Any], own_extra: object) -> dict[str, Any]:
+    sent = {key: value for key, value in kwargs.items() if key not in requests.LIMIT_KEYS}
+    extra = sent.get("extra_body", own_extra)
+    if isinstance(extra, Mapping) and any(key in extra for key in requests.LIMIT_KEYS):
+        # It is merged into the body last, over every limit beside it.
+        sent["extra_body"] = {key: value for key, value in extra.items() if key not in requests.LIMIT_KEYS}
+    return sent

@@ -1,0 +1,509 @@
+"""``clevagent.guard(model)``: the strict door for LangChain chat models.
+
+A guarded model is a copy of the user's, of a subclass made for its class, that overrides the four methods through which every
+call goes (``_generate``, ``_agenerate``, ``_stream``, ``_astream``): after LangChain's cache was asked, and before anything is
+sent. There, unlike in a callback, the request can still be changed (the output limit is clamped to what is left), and each call
+has one beginning and one end, however it is cancelled. Retries inside the SDK bill each attempt, so the copy's are set to 0 and
+made here, each with a reservation of its own. Checked with langchain-core 1.0, 1.7 and 1.8.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableBinding
+from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.fallbacks import RunnableWithFallbacks
+
+from clevagent_core import default
+from clevagent_core.budgets import Budget
+from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.errors import UsageError
+from clevagent_core.runs import Run, Ticket
+from clevagent_langchain import requests
+from clevagent_langchain.dialects import Dialect, dialect_of
+from clevagent_langchain.failures import is_transient, may_be_billed, wait_before_retry
+from clevagent_langchain.usage import UnusableUsage, add, from_error, from_llm_output, from_metadata
+
+if TYPE_CHECKING:
+    from clevagent_core.watchdog import Watchdog
+
+logger = logging.getLogger("clevagent")
+
+GUARDED = "clevagent_guarded"
+"""The key of a call's metadata by which a callback handler knows that the model itself has asked."""
+
+root_run: ContextVar[Run | None] = ContextVar("clevagent_langchain_root_run", default=None)
+"""The run that a callback handler found for the call that is being made, for models that are guarded too."""
+
+_inside: ContextVar[object] = ContextVar("clevagent_langchain_inside", default=None)
+"""The guarded model whose own method is running: some models make ``_generate`` out of their ``_stream``."""
+
+_GUARD = "_clevagent_guard"
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """What a guarded model knows beside being a model."""
+
+    plain: BaseChatModel
+    """The user's model, as it was given."""
+    budgets: tuple[Budget, ...]
+    watchdog: Watchdog | None
+    """The watchdog it was guarded with; ``None`` for the process's own, whichever that is when a call is made."""
+    dialect: Dialect
+    retries: int
+    """How many times a failed attempt is repeated."""
+
+
+def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
+    """Guard a chat model, or the chat model inside a binding; ``None`` for anything else.
+
+    Raises:
+        UsageError: ``obj`` holds chat models, but where they cannot be reached from outside.
+
+    """
+    if isinstance(obj, BaseChatModel):
+        return obj if _GUARD in (obj.__pydantic_private__ or {}) and not budgets else _guarded(obj, watchdog, tuple(budgets))
+    if isinstance(obj, RunnableBinding) and isinstance(obj.bound, BaseChatModel):
+        return _guard_fallbacks_of(obj.model_copy(update={"bound": guard_model(obj.bound, watchdog, budgets)}))
+    if isinstance(obj, RunnableWithFallbacks):
+        runnable = guard_model(obj.runnable, watchdog, budgets)
+        fallbacks = [guard_model(fallback, watchdog, budgets) for fallback in obj.fallbacks]
+        if runnable is not None and None not in fallbacks:
+            return obj.model_copy(update={"runnable": runnable, "fallbacks": fallbacks})
+    module = type(obj).__module__.partition(".")[0]
+    if module in {"langchain_core", "langchain", "langgraph", "langchain_classic"}:
+        raise UsageError(
+            f"guard() cannot reach the models inside a {type(obj).__qualname__}, so its calls would go out unchecked. Guard the "
+            "model first and build the rest from it: clevagent.guard(model).with_structured_output(...), "
+            "create_agent(clevagent.guard(model), tools); or attach to everything with clevagent.init(attach=['langchain'])."
+        )
+    return None
+
+
+def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Budget, ...]) -> BaseChatModel:
+    private = model.__pydantic_private__ or {}
+    if _GUARD in private:
+        # Guarded once more with budgets of its own: both sets hold.
+        before: _Guard = private[_GUARD]
+        model, budgets, watchdog = before.plain, (*before.budgets, *budgets), watchdog or before.watchdog
+    dialect = dialect_of(model)
+    copy = model.model_copy()
+    # Worked out from the plain model, and made again from the copy when they are needed.
+    for name in ("_serialized", "_client_params"):
+        copy.__dict__.pop(name, None)
+    retries = dialect.take_over_retries(model, copy)
+    guard = _Guard(model, budgets, watchdog, dialect, retries)
+    object.__setattr__(copy, "__class__", _guarded_class(type(model)))
+    object.__setattr__(copy, "__pydantic_private__", {**(copy.__pydantic_private__ or {}), _GUARD: guard})
+    if not dialect.is_known:
+        logger.warning(
+            "guard(%s): how this model takes an output limit is not known to ClevAgent, so none is sent with its calls (set one on "
+            "the model), and retries inside its SDK cannot be seen: each is billed, and only the last is counted.",
+            type(model).__qualname__,
+        )
+    return copy
+
+
+@functools.cache
+def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
+    """Make the subclass for one class of models. Only what the class itself overrides is overridden: LangChain looks at that."""
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_generate": _generate,
+        "_get_ls_params": _get_ls_params,
+        "bind": _bind,
+        "bind_tools": _bind_tools,
+        "with_fallbacks": _with_fallbacks,
+        # Native producers of v2 events would go past _stream; without them LangChain makes the events from it.
+        "_stream_chat_model_events": None,
+        "_astream_chat_model_events": None,
+    }
+    for name, method in (("_agenerate", _agenerate), ("_stream", _stream), ("_astream", _astream)):
+        if getattr(base, name) is not getattr(BaseChatModel, name):
+            body[name] = method
+    for name in ("_stream_chat_model_events", "_astream_chat_model_events"):
+        if getattr(base, name, None) is None:
+            del body[name]
+    return type(base)(base.__name__, (base,), body)
+
+
+def _state(model: BaseChatModel) -> _Guard:
+    return cast("_Guard", cast("dict[str, Any]", model.__pydantic_private__)[_GUARD])
+
+
+def _base(model: BaseChatModel) -> type[BaseChatModel]:
+    return cast("type[BaseChatModel]", type(model).__bases__[0])
+
+
+# -- the methods of guarded models ----------------------------------------------------------------------------------------
+
+
+def _generate(
+    self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+) -> ChatResult:
+    base = _base(self)._generate  # noqa: SLF001 - the method that is overridden
+    if run_manager is not None and _takes_run_manager(base):
+        kwargs["run_manager"] = run_manager
+    if _inside.get() is self:
+        return base(self, messages, stop=stop, **kwargs)
+    guard = _state(self)
+    run, call = _describe(self, guard, messages, kwargs, run_manager)
+
+    def attempt() -> ChatResult:
+        ticket = run.open(call, guard.budgets)
+        token = _inside.set(self)
+        try:
+            result = base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+        except BaseException as error:
+            _failed(ticket, error)
+            raise
+        finally:
+            _inside.reset(token)
+        _settle(ticket, lambda: _usage_of(result))
+        return result
+
+    try:
+        return attempt()
+    except Exception as error:
+        if not guard.retries or not is_transient(error):
+            raise
+        return cast("ChatResult", _retrying(guard.retries)(_first_fails(error, attempt)))
+
+
+async def _agenerate(
+    self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+) -> ChatResult:
+    base = _base(self)._agenerate  # noqa: SLF001 - the method that is overridden
+    if run_manager is not None and _takes_run_manager(base):
+        kwargs["run_manager"] = run_manager
+    if _inside.get() is self:
+        return await base(self, messages, stop=stop, **kwargs)
+    guard = _state(self)
+    run, call = _describe(self, guard, messages, kwargs, run_manager)
+
+    async def attempt() -> ChatResult:
+        ticket = await run.aopen(call, guard.budgets)
+        token = _inside.set(self)
+        try:
+            result = await base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+        except BaseException as error:
+            _failed(ticket, error)
+            raise
+        finally:
+            _inside.reset(token)
+        _settle(ticket, lambda: _usage_of(result))
+        return result
+
+    try:
+        return await attempt()
+    except Exception as error:
+        if not guard.retries or not is_transient(error):
+            raise
+        return cast("ChatResult", await _aretrying(guard.retries)(_first_fails_async(error, attempt)))
+
+
+def _stream(
+    self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+) -> Iterator[ChatGenerationChunk]:
+    base = _base(self)._stream  # noqa: SLF001 - the method that is overridden
+    if _inside.get() is self:
+        yield from base(self, messages, stop=stop, run_manager=run_manager, **kwargs)
+        return
+    guard = _state(self)
+    run, call = _describe(self, guard, messages, kwargs, run_manager)
+    kwargs = guard.dialect.with_stream_usage(self, kwargs)
+    if run_manager is not None:
+        kwargs["run_manager"] = run_manager
+
+    def attempt() -> tuple[Ticket, Iterator[ChatGenerationChunk], ChatGenerationChunk | None]:
+        """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
+        ticket = run.open(call, guard.budgets)
+        try:
+            chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+            return ticket, chunks, next(chunks, None)
+        except BaseException as error:
+            _failed(ticket, error)
+            raise
+
+    try:
+        ticket, chunks, chunk = attempt()
+    except Exception as error:
+        if not guard.retries or not is_transient(error):
+            raise
+        ticket, chunks, chunk = _retrying(guard.retries)(_first_fails(error, attempt))
+    reported: list[Mapping[str, Any]] = []
+    try:
+        while chunk is not None:
+            _note(reported, chunk)
+            yield chunk
+            chunk = next(chunks, None)
+    except BaseException as error:
+        _broken_off(ticket, reported, error)
+        raise
+    _settle(ticket, lambda: _usage_of_parts(reported))
+
+
+async def _astream(
+    self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+) -> AsyncIterator[ChatGenerationChunk]:
+    base = _base(self)._astream  # noqa: SLF001 - the method that is overridden
+    if _inside.get() is self:
+        async for chunk in base(self, messages, stop=stop, run_manager=run_manager, **kwargs):
+            yield chunk
+        return
+    guard = _state(self)
+    run, call = _describe(self, guard, messages, kwargs, run_manager)
+    kwargs = guard.dialect.with_stream_usage(self, kwargs)
+    if run_manager is not None:
+        kwargs["run_manager"] = run_manager
+
+    async def attempt() -> tuple[Ticket, AsyncIterator[ChatGenerationChunk], ChatGenerationChunk | None]:
+        """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
+        ticket = await run.aopen(call, guard.budgets)
+        try:
+            chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+            return ticket, chunks, await anext(chunks, None)
+        except BaseException as error:
+            _failed(ticket, error)
+            raise
+
+    try:
+        ticket, chunks, first = await attempt()
+    except Exception as error:
+        if not guard.retries or not is_transient(error):
+            raise
+        ticket, chunks, first = await _aretrying(guard.retries)(_first_fails_async(error, attempt))
+    reported: list[Mapping[str, Any]] = []
+    try:
+        while first is not None:
+            _note(reported, first)
+            yield first
+            first = await anext(chunks, None)
+    except BaseException as error:
+        _broken_off(ticket, reported, error)
+        raise
+    _settle(ticket, lambda: _usage_of_parts(reported))
+
+
+def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
+    params: dict[str, Any] = dict(_base(self)._get_ls_params(self, stop=stop, **kwargs))  # noqa: SLF001 - overridden here
+    params[GUARDED] = True
+    return params
+
+
+def _bind(self: BaseChatModel, **kwargs: Any) -> Any:
+    return _guard_fallbacks_of(_base(self).bind(self, **kwargs))
+
+
+def _bind_tools(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+    return _guard_fallbacks_of(_base(self).bind_tools(self, *args, **kwargs))
+
+
+def _with_fallbacks(self: BaseChatModel, fallbacks: Sequence[Any], **kwargs: Any) -> Any:
+    # A refusal is an exception like any other to LangChain: unguarded fallbacks would answer in its place, and spend.
+    return _base(self).with_fallbacks(self, _guard_all(_state(self), fallbacks), **kwargs)
+
+
+def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001 - as object's
+    guard = _state(self)
+    return _guard_again, (guard.plain, guard.budgets)
+
+
+def _guard_again(plain: BaseChatModel, budgets: tuple[Budget, ...]) -> BaseChatModel:
+    """Unpickle a guarded model: it belongs to the watchdog of the process it comes to."""
+    return _guarded(plain, None, budgets)
+
+
+# -- what they share ------------------------------------------------------------------------------------------------------
+
+
+def _describe(
+    model: BaseChatModel, guard: _Guard, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any], run_manager: Any
+) -> tuple[Run, LLMCall]:
+    watchdog = guard.watchdog or default.current()
+    run = watchdog.current.get()
+    if run is None:
+        # A handler that is attached too knows the root invocation; it may be that of a call long over.
+        run = root_run.get()
+        if run is None or run.ended_at is not None or run.watchdog is not watchdog:
+            run = watchdog.current_run()
+    if run_manager is not None:
+        metadata = run_manager.metadata
+    else:
+        config = var_child_runnable_config.get()
+        metadata = config.get("metadata") if config else None
+    node = thread_id = None
+    if metadata:
+        node = metadata.get("langgraph_node")
+        thread_id = metadata.get("thread_id")
+    call = guard.dialect.describe(model, messages, kwargs)
+    call.node, call.thread_id, call.tool = node, thread_id, watchdog.tool.get()
+    return run, call
+
+
+def _settle(ticket: Ticket, read: Callable[[], Usage | None]) -> None:
+    try:
+        usage = read()
+    except UnusableUsage as problem:
+        tell_unusable(ticket, problem)
+        usage = None
+    ticket.settle(usage)
+
+
+def tell_unusable(ticket: Ticket, problem: UnusableUsage) -> None:
+    """Tell that a provider's report cannot be true, and that the call is charged its upper bound."""
+    from clevagent_core.verdicts import Incident  # noqa: PLC0415 - off the hot path
+
+    run, call = ticket.run, ticket.call
+    model = call.model if isinstance(call, LLMCall) else call.tool
+    run.watchdog.tell(
+        Incident(
+            kind="usage",
+            message=(
+                f"The provider of {model!r} reported usage that cannot be a token count ({problem}), so the call is charged its "
+                "upper bound. What is spent may be told too high; it is never told too low."
+            ),
+            agent=run.watchdog.settings.agent,
+            run_id=run.run_id,
+            at=run.watchdog.clock.wall(),
+        )
+    )
+
+
+def _failed(ticket: Ticket, error: BaseException) -> None:
+    try:
+        usage = from_error(error)
+    except UnusableUsage:
+        usage = None
+    if usage is not None:
+        ticket.settle(usage, error=error)
+    else:
+        ticket.fail(error, sent=may_be_billed(error))
+
+
+def _broken_off(ticket: Ticket, reported: list[Mapping[str, Any]], error: BaseException) -> None:
+    # The report comes last: a stream that was broken off before it may still be billed in full.
+    ticket.charge(error) if not reported or not _is_final(reported) else _settle(ticket, lambda: _usage_of_parts(reported))
+
+
+def _is_final(reported: list[Mapping[str, Any]]) -> bool:
+    return any(part.get("output_tokens") for part in reported)
+
+
+def _note(reported: list[Mapping[str, Any]], chunk: ChatGenerationChunk) -> None:
+    metadata = getattr(chunk.message, "usage_metadata", None)
+    if metadata is not None:
+        reported.append(metadata)
+
+
+def _usage_of(result: ChatResult) -> Usage | None:
+    for generation in result.generations:
+        usage = from_metadata(getattr(generation.message, "usage_metadata", None))
+        if usage is not None:
+            return usage
+    return from_llm_output(result.llm_output)
+
+
+def _usage_of_parts(reported: list[Mapping[str, Any]]) -> Usage | None:
+    return add(usage for part in reported if (usage := from_metadata(part)) is not None)
+
+
+def _guard_fallbacks_of(binding: Any) -> Any:
+    if isinstance(binding, RunnableBinding):
+        object.__setattr__(binding, "__class__", _binding_class(type(binding)))
+    return binding
+
+
+@functools.cache
+def _binding_class(base: type[RunnableBinding[Any, Any]]) -> type[RunnableBinding[Any, Any]]:
+    if getattr(base, "_clevagent_guards_fallbacks", False):
+        return base
+
+    def with_fallbacks(self: RunnableBinding[Any, Any], fallbacks: Sequence[Any], **kwargs: Any) -> Any:
+        bound = self.bound
+        guard = _state(bound) if isinstance(bound, BaseChatModel) else None
+        return base.with_fallbacks(self, fallbacks if guard is None else _guard_all(guard, fallbacks), **kwargs)
+
+    def reduce(self: RunnableBinding[Any, Any], protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001
+        plain = self.model_copy()
+        object.__setattr__(plain, "__class__", base)
+        return _guard_fallbacks_of, (plain,)
+
+    body = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "with_fallbacks": with_fallbacks,
+        "_clevagent_guards_fallbacks": True,
+        "__annotations__": {"_clevagent_guards_fallbacks": "ClassVar[bool]"},
+    }
+    return cast("type[RunnableBinding[Any, Any]]", type(base)(base.__name__, (base,), body))
+
+
+def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:
+    return [guard_model(fallback, guard.watchdog, guard.budgets) or fallback for fallback in fallbacks]
+
+
+@functools.cache
+def _takes_run_manager(method: Callable[..., object]) -> bool:
+    from inspect import signature  # noqa: PLC0415 - once per class
+
+    parameters = signature(method).parameters
+    return "run_manager" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _first_fails(error: Exception, attempt: Callable[[], Any]) -> Callable[[], Any]:
+    """Let the attempt that was already made be the first one that tenacity sees."""
+    pending = [error]
+
+    def attempt_again() -> Any:
+        if pending:
+            raise pending.pop()
+        return attempt()
+
+    return attempt_again
+
+
+def _first_fails_async(error: Exception, attempt: Callable[[], Any]) -> Callable[[], Any]:
+    again = _first_fails(error, attempt)
+
+    async def attempt_again() -> Any:
+        return await again()
+
+    return attempt_again
+
+
+def _retrying(retries: int) -> Any:
+    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
+
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=wait_before_retry,
+        retry=tenacity.retry_if_exception(is_transient),
+        reraise=True,
+    )
+
+
+def _aretrying(retries: int) -> Any:
+    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
+
+    return tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=wait_before_retry,
+        retry=tenacity.retry_if_exception(is_transient),
+        reraise=True,
+    )
