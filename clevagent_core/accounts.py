@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clevagent_core.budgets import OUTPUT_TOKENS, TOKENS, USD, Amounts, Budget, window_at
 from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
-from clevagent_core.ledger.account import Account, AccountKey, Line, Notice
+from clevagent_core.ledger.account import Account, AccountKey, Line, Notice, StaleAccount
 
 if TYPE_CHECKING:
     from clevagent_core.runs import Run
@@ -57,8 +57,7 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
         UsageError: an account is in use with another ceiling, or belongs to the process that this one was forked from.
 
     """
-    lines: dict[int, Line] = {}
-    budgets: list[Budget] = []
+    lines: dict[int, tuple[Line, Budget]] = {}
     valid_until = math.inf
     for budget, anchor in scopes(run, extra):
         if not budget.covers(call):
@@ -66,15 +65,16 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
         enforced = budget.on_exceed != "warn" and not run.dry_run
         for unit, ceiling in budget.limits():
             account = _open(run, anchor, budget, unit, ceiling, call.thread_id)
-            if id(account) in lines:
-                continue
-            lines[id(account)] = Line(account, unit, enforced)
-            budgets.append(budget)
+            known = lines.get(id(account))
+            # Of two budgets that share an account, one that only warns does not let go of what the other one enforces.
+            if known is None or (enforced and not known[0].enforced):
+                lines[id(account)] = Line(account, unit, enforced), budget
             valid_until = min(valid_until, account.ends_at)
-    found = tuple(lines.values())
+    found = tuple(line for line, _ in lines.values())
+    budgets = tuple(budget for _, budget in lines.values())
     enforced_units = frozenset(line.unit for line in found if line.enforced)
     clamped = tuple(unit for unit in _OUTPUT_UNITS if unit in enforced_units)
-    return Cover(found, tuple(budgets), valid_until, enforced_units, clamped, extra)
+    return Cover(found, budgets, valid_until, enforced_units, clamped, extra)
 
 
 def accounts_of(run: Run) -> list[tuple[Budget, Account]]:
@@ -89,16 +89,21 @@ def accounts_of(run: Run) -> list[tuple[Budget, Account]]:
 
 def record(run: Run, call: LLMCall | ToolCall, usage: Usage, cost_pico: int | None) -> None:
     """Put a call that was made elsewhere into every account it counts against, ceilings or not."""
-    found = cover(run, call)
-    if not found.lines:
-        return
     ledger = run.watchdog.ledger
-    lines = [line._replace(enforced=False) for line in found.lines]
-    amounts = amounts_of(call, usage, cost_pico)
-    hold = ledger.reserve(lines, (0, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None)
+    while True:
+        found = cover(run, call)
+        if not found.lines:
+            return
+        lines = [line._replace(enforced=False) for line in found.lines]
+        try:
+            hold = ledger.reserve(lines, (0, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None)
+            break
+        except StaleAccount:
+            continue
     # Enforced again when it is spent: what is past the ceiling must latch.
     hold.lines = found.lines  # type: ignore[union-attr]  # lines that are not enforced are never refused
-    tell_notices(run, ledger.settle(hold, amounts))  # type: ignore[arg-type]  # as above
+    notices = ledger.settle(hold, amounts_of(call, usage, cost_pico))  # type: ignore[arg-type]  # as above
+    tell_notices(run, [*(hold.notices or ()), *notices])  # type: ignore[union-attr]  # as above
 
 
 def amounts_of(call: Call, usage: Usage, cost_pico: int | None) -> Amounts:
@@ -124,7 +129,7 @@ def _open(run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread
     )
     is_own = budget.per == "run"
     account = anchor.accounts.get(key) if is_own else None
-    if account is None:
+    if account is None or account.closed:
         _refuse_after_fork(anchor.pid if is_own else watchdog.pid, watchdog.ledger.survives_fork, budget)
         watchdog.ledger.evict(watchdog.clock.wall())
         account = watchdog.ledger.open(

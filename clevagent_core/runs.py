@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -191,7 +191,7 @@ class Ticket:
     ``settle`` still corrects a call that was charged because nothing had been heard of it.
     """
 
-    __slots__ = ("_charged_cost", "_lock", "_reservations", "_status", "call", "max_output_tokens", "rates", "run")
+    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run")
 
     def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
         """Made by ``Run.open`` only."""
@@ -203,6 +203,7 @@ class Ticket:
         self._reservations = reservations
         self._status: Literal["open", "settled", "released", "charged"] = "open"
         self._charged_cost: int | None = None
+        self._is_charge_counted = False
 
     @property
     def is_open(self) -> bool:
@@ -257,7 +258,12 @@ class Ticket:
             return
         bounds = [reservation.charge() for reservation in self._reservations]
         cost = max((bound for bound in bounds if bound is not None), default=None)
-        self._charged_cost = cost
+        with _ticket_lock:
+            # Its usage may have come in while it was being charged.
+            if self._status != "charged":
+                return
+            self._charged_cost = cost
+            self._is_charge_counted = True
         self.run._count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)  # noqa: SLF001 - a part of its run
         self._tell_failed(Outcome("charged", None, cost, error))
 
@@ -274,7 +280,8 @@ class Ticket:
             if before != "open" and not (before == "charged" and status == "settled"):
                 return False
             self._status = status
-        if before == "charged":
+            was_counted, self._is_charge_counted = self._is_charge_counted, False
+        if was_counted:
             run = self.run
             run._count(self.call, _NO_USAGE, self._charged_cost, sign=-1, charged=True, clamped=self.is_clamped)  # noqa: SLF001 - a part of its run
         return True
@@ -290,6 +297,14 @@ class Ticket:
 
 _ticket_lock = threading.Lock()
 """Guards a few instructions of every ticket; a lock for each would cost more than waiting for this one."""
+
+
+def _after_fork_in_child() -> None:
+    global _ticket_lock  # noqa: PLW0603 - the parent may have held it
+    _ticket_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Run:
@@ -580,7 +595,7 @@ class Run:
         loop = asyncio.get_running_loop()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed with the task in it: nobody is left to wake
                 loop.call_soon_threadsafe(event.set)
 
         unsubscribe = self.watchdog.ledger.changes.subscribe(wake)
@@ -596,6 +611,10 @@ class Run:
         finally:
             unsubscribe()
         return answer
+
+    def after_fork(self) -> None:
+        """Be usable in a forked child: a thread of the parent may have held the lock."""
+        self._tally.lock = threading.Lock()
 
     def _chain(self) -> Iterator[Run]:
         run: Run | None = self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -82,6 +83,7 @@ class Watchdog:
         self.ledger: Ledger = ledger
         self.process_run = Run(self, run_id="process")
         """What is called outside every run belongs to this one."""
+        _watchdogs.add(self)
         self.plugins.configure(self)
         for name in self.settings.attach:
             self.attach(name)
@@ -233,6 +235,23 @@ class Watchdog:
         self._is_shut_down = True
         self.plugins.unconfigure(self)
         self._teller.stop(self.settings.flush_s)
+
+    def _after_fork(self) -> None:
+        # Threads of the parent may have held these locks; the child has none of them.
+        self._lock = threading.Lock()
+        for run in (self.process_run, *self._active):
+            run.after_fork()
+
+
+_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for watchdog in list(_watchdogs):
+        watchdog._after_fork()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class RunBlock:

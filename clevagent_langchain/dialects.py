@@ -182,9 +182,8 @@ class AnthropicDialect(Dialect):
 
     def _limit(self, model: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> int | None:
         # Every request must carry a limit, so the model's own maximum stands in where the user gave none.
-        if "max_tokens" in model.model_fields_set or any(key in kwargs for key in requests.LIMIT_KEYS):
-            return requests.largest_limit(params)
-        return None
+        limit = requests.largest_limit(params)
+        return None if limit is not None and limit == _profile(model).get("max_output_tokens") else limit
 
     def _most(self, model: BaseChatModel) -> int | None:
         return getattr(model, "max_tokens", None)

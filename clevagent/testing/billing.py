@@ -21,7 +21,7 @@ _TEXT_KEYS = ("text", "thinking", "refusal", "arguments")
 _NESTING_KEYS = ("content", "output", "summary", "tool_calls", "function", "function_call", "custom")
 
 
-class InvalidRequest(ValueError):  # noqa: N818 - it becomes a response with status 400, not an error of anybody's
+class InvalidRequest(ValueError):
     """The request carries what no provider accepts."""
 
 
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 class Meter:
     """Counts tokens and prices them. Immutable after it is made, so safe to use from any thread."""
 
-    def __init__(  # noqa: PLR0913 - LoopbackProvider's own arguments
+    def __init__(
         self,
         *,
         prices: Mapping[str, Price],
@@ -62,17 +62,12 @@ class Meter:
         """See :class:`~clevagent.testing.LoopbackProvider` for the arguments and what is refused."""
         if tokenizer is not None and tokens_per_byte != 1:
             raise UsageError(
-                f"LoopbackProvider(tokenizer=..., tokens_per_byte={tokens_per_byte!r}) counts tokens in two ways. "
-                "Give one of them."
+                f"LoopbackProvider(tokenizer=..., tokens_per_byte={tokens_per_byte!r}) counts tokens in two ways. Give one of them."
             )
         if not (math.isfinite(tokens_per_byte) and tokens_per_byte > 0):
-            raise UsageError(
-                f"LoopbackProvider(tokens_per_byte={tokens_per_byte!r}) counts no text. Give a number above 0."
-            )
+            raise UsageError(f"LoopbackProvider(tokens_per_byte={tokens_per_byte!r}) counts no text. Give a number above 0.")
         if not 0 <= output_share <= 1:
-            raise UsageError(
-                f"LoopbackProvider(output_share={output_share!r}) is no share of a limit. Give a number from 0 to 1."
-            )
+            raise UsageError(f"LoopbackProvider(output_share={output_share!r}) is no share of a limit. Give a number from 0 to 1.")
         if default_output_tokens < 1:
             raise UsageError(
                 f"LoopbackProvider(default_output_tokens={default_output_tokens!r}) is no output limit. Give at least 1."
@@ -169,6 +164,6 @@ def _rates(price: Price, model: str) -> tuple[int, int]:
                 f"bills would not be exact. Give it in steps of ${1 / PICO_PER_USD_PER_MILLION:.6f}."
             )
         rates.append(rate)
-    if len(rates) != 2:  # noqa: PLR2004 - input and output
+    if len(rates) != 2:
         raise UsageError(f"The price of {model!r} is {price!r}. Give two numbers: for input and for output.")
     return rates[0], rates[1]

@@ -294,11 +294,7 @@ class Messages:
             empty: _Json = {"text": ""} if is_text else {"input": {}}
             yield _named_event({"type": "content_block_start", "index": index, "content_block": block | empty})
             for piece in answer.texts if is_text else _pieces(json.dumps(block["input"]), answer.reply.chunks):
-                delta = (
-                    {"type": "text_delta", "text": piece}
-                    if is_text
-                    else {"type": "input_json_delta", "partial_json": piece}
-                )
+                delta = {"type": "text_delta", "text": piece} if is_text else {"type": "input_json_delta", "partial_json": piece}
                 yield _named_event({"type": "content_block_delta", "index": index, "delta": delta})
             yield _named_event({"type": "content_block_stop", "index": index})
         end = {"stop_reason": self._stop_reason(answer), "stop_sequence": None}

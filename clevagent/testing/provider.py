@@ -79,7 +79,7 @@ class LoopbackProvider:
 
     """
 
-    def __init__(  # noqa: PLR0913 - each is one fact about the provider
+    def __init__(
         self,
         replies: Script | None = None,
         *,
@@ -124,9 +124,7 @@ class LoopbackProvider:
         """Start."""
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Close."""
         self.close()
 
@@ -139,9 +137,7 @@ class LoopbackProvider:
     def anthropic_url(self) -> str:
         """The base URL for Anthropic clients, which add ``/v1`` themselves. Raises ``UsageError`` before the start."""
         if not self._server.port:
-            raise UsageError(
-                "This provider has no address before it was started. Use it in a `with` block, or call start()."
-            )
+            raise UsageError("This provider has no address before it was started. Use it in a `with` block, or call start().")
         return f"http://127.0.0.1:{self._server.port}"
 
     # -- what was received ------------------------------------------------------------------------------------------------
@@ -209,10 +205,8 @@ class LoopbackProvider:
             bill = self._meter.bill(model, dialect.asked(body), reply) if reply.kind != "error" else NOTHING
         except InvalidRequest as error:
             return self._refuse(request, body, _Refusal(_BAD_REQUEST, str(error)))
-        except Exception as error:  # noqa: BLE001 - the test's own script or tokenizer; its client is told
-            return self._refuse(
-                request, body, _Refusal(_SERVER_ERROR, f"The script of this LoopbackProvider raised {error!r}.")
-            )
+        except Exception as error:  # the test's own script or tokenizer; its client is told
+            return self._refuse(request, body, _Refusal(_SERVER_ERROR, f"The script of this LoopbackProvider raised {error!r}."))
         status = None if reply.hang or reply.drop == "before" else reply.status
         number = self._record(request.path, body, model, reply.kind, status, bill)
         is_stream = reply.kind != "error" and body.get("stream") is True
@@ -234,9 +228,7 @@ class LoopbackProvider:
         # Both SDKs take this header's word: a mistake in a test should show at once.
         return HttpResponse(refusal.status, [content], headers={"x-should-retry": "false"})
 
-    def _record(  # noqa: PLR0913, PLR0917 - the fields of a record
-        self, path: str, body: dict[str, Any], model: str, kind: Kind, status: int | None, bill: Bill
-    ) -> int:
+    def _record(self, path: str, body: dict[str, Any], model: str, kind: Kind, status: int | None, bill: Bill) -> int:
         with self._received:
             number = len(self._requests) + 1
             self._requests.append(
@@ -295,9 +287,7 @@ class _Sequence:
         self._replies = replies
         first = next(replies, None)
         if first is None:
-            raise UsageError(
-                "LoopbackProvider(replies=...) has no reply, so nothing could be answered. Give at least one Reply."
-            )
+            raise UsageError("LoopbackProvider(replies=...) has no reply, so nothing could be answered. Give at least one Reply.")
         self._next: Reply = first
 
     def take(self, _body: dict[str, Any]) -> Reply:

@@ -76,9 +76,7 @@ class HttpServer:
                 raise UsageError("This provider was started before: a port is bound once. Make another LoopbackProvider.")
             self._listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
             self._port = self._listener.getsockname()[1]
-        self._acceptor = threading.Thread(
-            target=self._accept, args=(self._listener,), name="loopback-provider", daemon=True
-        )
+        self._acceptor = threading.Thread(target=self._accept, args=(self._listener,), name="loopback-provider", daemon=True)
         self._acceptor.start()
 
     def close(self) -> None:
@@ -136,7 +134,7 @@ class HttpServer:
             if request is None or not self._answer(connection, self._handle(request)) or not request.keep_alive:
                 return
 
-    def _answer(self, connection: socket.socket, response: HttpResponse) -> bool:  # noqa: PLR0911 - one for each way to end
+    def _answer(self, connection: socket.socket, response: HttpResponse) -> bool:
         """Play a response; tell whether the connection can be used again."""
         if response.hang:
             while connection.recv(_READ_BYTES):

@@ -106,13 +106,16 @@ class BudgetGuard:
             found = memo[key] = cover(run, call, extra)
         return found
 
-    def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Hold | Refusal:
+    def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts, *, latch: bool = True) -> Hold | Refusal:
         watchdog = run.watchdog
-        expires_at = watchdog.next_expiry()
-        answer = watchdog.ledger.reserve(found.lines, amounts, expires_at=expires_at, owner=ticket)
-        if isinstance(answer, Refusal) and watchdog.wrapping_up.get():
-            return watchdog.ledger.reserve(found.lines, amounts, expires_at=expires_at, owner=ticket, wrap_up=True)
-        return answer
+        return watchdog.ledger.reserve(
+            found.lines,
+            amounts,
+            expires_at=watchdog.next_expiry(),
+            owner=ticket,
+            wrap_up=watchdog.wrapping_up.get(),
+            latch=latch,
+        )
 
     def _reserve_llm(self, run: Run, ticket: Ticket, call: LLMCall, found: Cover) -> tuple[Hold | Refusal, int | None]:
         rates = ticket.rates
@@ -128,8 +131,8 @@ class BudgetGuard:
             output = self._assumed(run, call) if limit is None else limit
             return self._reserve(run, ticket, found, _amounts(call, rates, tokens, output)), None
         if limit is not None:
-            # The usual case: everything that was asked for still fits.
-            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            # The usual case: everything that was asked for still fits. If not, less may: only the last attempt latches.
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit), latch=False)
             if isinstance(answer, Hold):
                 return answer, call.max_output_tokens
         return self._clamp(run, ticket, call, found, rates, tokens)
@@ -155,7 +158,7 @@ class BudgetGuard:
                 limit = min(limit, fits)
             if limit < floor:
                 break
-            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit), latch=False)
             if isinstance(answer, Hold):
                 return answer, limit
         return self._reserve(run, ticket, found, _amounts(call, rates, tokens, floor)), floor

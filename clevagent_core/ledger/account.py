@@ -177,7 +177,14 @@ class Ledger(Protocol):
         ...
 
     def reserve(
-        self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object, wrap_up: bool = False
+        self,
+        lines: Sequence[Line],
+        amounts: Amounts,
+        *,
+        expires_at: float,
+        owner: object,
+        wrap_up: bool = False,
+        latch: bool = True,
     ) -> Hold | Refusal:
         """Hold ``amounts`` on every line, or on none.
 
@@ -187,6 +194,7 @@ class Ledger(Protocol):
             expires_at: when (monotonic seconds) an open hold is charged, because nobody can tell any more what became of it.
             owner: kept on the hold.
             wrap_up: may use what accounts keep back, and passes their latch.
+            latch: whether an account without room latches. Not for a caller that tries again with less.
 
         Raises:
             StaleAccount: look the lines up again.

@@ -56,7 +56,14 @@ class MemoryLedger:
             return account
 
     def reserve(
-        self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object, wrap_up: bool = False
+        self,
+        lines: Sequence[Line],
+        amounts: Amounts,
+        *,
+        expires_at: float,
+        owner: object,
+        wrap_up: bool = False,
+        latch: bool = True,
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         with self._lock:
@@ -74,14 +81,14 @@ class MemoryLedger:
                     if not needed or total + account.held <= room:
                         continue
                 elif account.latched:
-                    return self._refuse(line, needed, busy=False)
+                    return self._refuse(line, needed, latch=latch)
                 else:
                     room = account.ceiling - account.keep
                     # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
                     if not needed or total + account.held <= room:
                         continue
                 if total > room:
-                    return self._refuse(line, needed, busy=False)
+                    return self._refuse(line, needed, latch=latch)
                 refused = refused or Refusal(line, _balance(account), needed, busy=True, first=False)
             if refused is not None:
                 return refused
@@ -109,7 +116,7 @@ class MemoryLedger:
         with self._lock:
             if hold.state != "open":
                 return
-            del self._holds[hold]
+            self._holds.pop(hold, None)
             for account, unit, _ in hold.lines:
                 account.held -= hold.amounts[unit]
             hold.state = "released"
@@ -153,7 +160,8 @@ class MemoryLedger:
         """See :meth:`Ledger.forget`."""
         with self._lock:
             for account in accounts:
-                self._accounts.pop(account.key, None)
+                if self._accounts.get(account.key) is account:
+                    del self._accounts[account.key]
 
     def evict(self, wall: float) -> int:
         """See :meth:`Ledger.evict`."""
@@ -168,17 +176,19 @@ class MemoryLedger:
             self._evict_at = max(_EVICT_FROM, 2 * len(self._accounts))
             return len(gone)
 
-    def _refuse(self, line: Line, needed: int, *, busy: bool) -> Refusal:
+    def _refuse(self, line: Line, needed: int, *, latch: bool) -> Refusal:
         account = line.account
-        first = not account.told
-        account.told = account.latched = True
-        return Refusal(line, _balance(account), needed, busy, first)
+        first = latch and not account.told
+        if latch:
+            account.told = account.latched = True
+        return Refusal(line, _balance(account), needed, busy=False, first=first)
 
     def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         notices: list[Notice] = []
         before = hold.charged
         if hold.state == "open":
-            del self._holds[hold]
+            # In a forked child the holds of its parent are not there any more.
+            self._holds.pop(hold, None)
         for account, unit, enforced in hold.lines:
             if hold.state == "open":
                 account.held -= hold.amounts[unit]

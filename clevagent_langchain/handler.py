@@ -1,0 +1,287 @@
+"""``ClevAgentCallbackHandler``: asks before each model and tool call of whatever it is attached to.
+
+It hooks where LangChain lets a callback refuse: in ``on_chat_model_start``, ``on_llm_start`` and ``on_tool_start``, as a *sync*
+handler with ``raise_error`` (else the exception is logged and the request sent) and ``run_inline`` (else async calls run it in
+another thread, beside other handlers). It cannot change a request, and is not told of every end; ``guard(model)`` can and is.
+Checked with langchain-core 1.0, 1.7 and 1.8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import LLMResult
+
+from clevagent_core import default
+from clevagent_core.calls import LLMCall, ToolCall
+from clevagent_core.errors import ClevAgentError
+from clevagent_core.runs import Run, Ticket
+from clevagent_langchain import requests
+from clevagent_langchain.failures import may_be_billed
+from clevagent_langchain.models import GUARDED, root_run, tell_unusable
+from clevagent_langchain.tracker import Branch, Tracker, tracker_of
+from clevagent_langchain.usage import UnusableUsage, from_error, from_llm_output, from_metadata, is_cached
+
+if TYPE_CHECKING:
+    from clevagent_core.watchdog import Watchdog
+
+logger = logging.getLogger("clevagent")
+
+_SWEEP = 1024
+"""How many open entries make a look for those that were closed elsewhere worth its time."""
+
+
+class ClevAgentCallbackHandler(BaseCallbackHandler):
+    """Refuses model and tool calls before they are sent, when a budget or another guard says so.
+
+    Attach it like any handler: ``config={"callbacks": [ClevAgentCallbackHandler()]}``, in a model's constructor, or with
+    ``with_config``. Attached twice, or in two instances, it counts once. Budgets are those of ``clevagent.init()`` and of the
+    ``clevagent.run()`` around the call; outside of one, each root invocation of a chain or graph is a run, and a model called
+    on its own belongs to the process.
+
+    A handler cannot send an output limit. Set one on the model, with ``max_retries=0``, for a ceiling that holds; or use
+    ``clevagent.guard(model)``. Safe to share between threads and event loops.
+
+    Raises:
+        BudgetExceeded: out of the user's own ``invoke``; the request was not sent.
+
+    """
+
+    raise_error = True
+    run_inline = True
+    ignore_retriever = True
+    ignore_retry = True
+    ignore_custom_event = True
+
+    def __init__(self, *, watchdog: Watchdog | None = None) -> None:
+        """Attach to ``watchdog``, or to the process's own, whichever that is when a call is made. Costs nothing: no state."""
+        super().__init__()
+        self._own = watchdog
+
+    # -- model calls ------------------------------------------------------------------------------------------------------
+
+    def on_chat_model_start(
+        self,
+        serialized: dict[str, Any],
+        messages: list[list[BaseMessage]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask before a chat model is called."""
+        if metadata is not None and GUARDED in metadata:
+            watchdog = self._watchdog()
+            branch = tracker_of(watchdog).branch(parent_run_id)
+            # The model asks itself; it learns from here which root invocation it is a part of.
+            root_run.set(branch.run if branch is not None else None)
+            return
+        self._open_llm(serialized, [message for batch in messages for message in batch], run_id, parent_run_id, metadata, kwargs)
+
+    def on_llm_start(
+        self,
+        serialized: dict[str, Any],
+        prompts: list[str],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask before a text-completion model is called."""
+        self._open_llm(serialized, prompts, run_id, parent_run_id, metadata, kwargs)
+
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
+        """Settle a model call to what it used: the message's usage, then the result's, then its upper bound."""
+        ticket = self._tracker().take_ticket(run_id)
+        if ticket is None:
+            return
+        try:
+            generations = [generation for batch in response.generations for generation in batch]
+            metadata = [getattr(getattr(generation, "message", None), "usage_metadata", None) for generation in generations]
+            reported = next((part for part in metadata if part is not None), None)
+            if is_cached(reported):
+                ticket.release()
+                return
+            usage = from_metadata(reported)
+            ticket.settle(usage if usage is not None else from_llm_output(response.llm_output))
+        except UnusableUsage as problem:
+            tell_unusable(ticket, problem)
+            ticket.settle()
+        except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+            logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
+            ticket.settle()
+
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Release or charge a model call that failed or was broken off."""
+        ticket = self._tracker().take_ticket(run_id)
+        if ticket is None:
+            return
+        try:
+            usage = from_error(error)
+        except UnusableUsage:
+            usage = None
+        if usage is not None:
+            ticket.settle(usage, error=error)
+        else:
+            ticket.fail(error, sent=may_be_billed(error))
+
+    # -- tool calls -------------------------------------------------------------------------------------------------------
+
+    def on_tool_start(
+        self,
+        serialized: dict[str, Any],
+        input_str: str,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask before a tool is run."""
+        tracker = self._tracker()
+        branch = tracker.branch(parent_run_id)
+        name = (serialized or {}).get("name") or kwargs.get("name") or "tool"
+        call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str, **_where(metadata))
+        run = self._open(run_id, branch, call)
+        if run is not None:
+            tracker.start(run_id, branch, run, is_root=False, tool=name)
+
+    def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """Settle a tool call."""
+        self._end_tool(run_id, None)
+
+    def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Settle a tool call that failed: it did run."""
+        self._end_tool(run_id, error)
+
+    # -- what they are a part of ------------------------------------------------------------------------------------------
+
+    def on_chain_start(
+        self,
+        serialized: dict[str, Any],
+        inputs: Any,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note a chain, graph or node; a root one outside of ``clevagent.run()`` begins a run."""
+        if kwargs.get("run_type") == "llm":
+            # Decision models (langchain-core 1.8) come this way.
+            self._open_llm(serialized, [inputs], run_id, parent_run_id, metadata, kwargs)
+            return
+        watchdog = self._watchdog()
+        tracker = tracker_of(watchdog)
+        parent = tracker.branch(parent_run_id)
+        if parent is not None:
+            tracker.start(run_id, parent, watchdog.current.get() or parent.run, is_root=False, tool=parent.tool)
+            return
+        current = watchdog.current.get()
+        is_root = current is None and parent_run_id is None
+        try:
+            run = watchdog.start_run() if is_root else current or watchdog.current_run()
+        except ClevAgentError:
+            logger.exception("ClevAgent could not begin a run; what is called in it belongs to the process.")
+            return
+        tracker.start(run_id, None, run, is_root=is_root, tool=None)
+
+    def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """Close a chain: what it started and never ended is charged."""
+        self._end_chain(run_id, None)
+
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Close a chain that failed, was cancelled or was interrupted."""
+        self._end_chain(run_id, error)
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _watchdog(self) -> Watchdog:
+        return self._own or default.current()
+
+    def _tracker(self) -> Tracker:
+        return tracker_of(self._watchdog())
+
+    def _open_llm(
+        self,
+        serialized: Mapping[str, Any] | None,
+        messages: Sequence[Any],
+        run_id: UUID,
+        parent_run_id: UUID | None,
+        metadata: Mapping[str, Any] | None,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        branch = self._tracker().branch(parent_run_id)
+        params = kwargs.get("invocation_params") or {}
+        is_chat = bool(messages) and isinstance(messages[0], BaseMessage)
+        provider = (metadata or {}).get("ls_provider")
+        call = LLMCall(
+            model=_model_name(metadata, params, serialized),
+            input=requests.items_of(messages) if is_chat else list(messages),
+            tools=requests.schemas_of(params),
+            max_output_tokens=requests.largest_limit(params),
+            answers=requests.answers_of(params),
+            # Many providers are reached through OpenAI's client; the model's own name tells more.
+            provider=provider if provider != "openai" else None,
+            opaque=(is_chat and requests.has_opaque(messages)) or requests.is_unbounded(params),
+            service_tier=params.get("service_tier"),
+            tool=branch.tool if branch is not None else None,
+            **_where(metadata),
+        )
+        self._open(run_id, branch, call)
+
+    def _open(self, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
+        watchdog = self._watchdog()
+        tracker = tracker_of(watchdog)
+        if not tracker.begin_ticket(run_id):
+            return None
+        if tracker.size() > _SWEEP:
+            tracker.forget_closed()
+        run = watchdog.current.get() or (branch.run if branch is not None else watchdog.current_run())
+        if call.tool is None and isinstance(call, LLMCall):
+            call.tool = watchdog.tool.get()
+        ticket: Ticket | None = None
+        try:
+            ticket = run.open(call)
+        finally:
+            tracker.add_ticket(run_id, ticket, branch)
+        return run
+
+    def _end_tool(self, run_id: UUID, error: BaseException | None) -> None:
+        tracker = self._tracker()
+        ticket = tracker.take_ticket(run_id)
+        tracker.end(run_id, error)
+        if ticket is not None:
+            ticket.settle(error=error)
+
+    def _end_chain(self, run_id: UUID, error: BaseException | None) -> None:
+        tracker = self._tracker()
+        ticket = tracker.take_ticket(run_id)
+        if ticket is not None:
+            ticket.charge(error)
+        tracker.end(run_id, error)
+
+
+def _where(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not metadata:
+        return {}
+    return {"node": metadata.get("langgraph_node"), "thread_id": metadata.get("thread_id")}
+
+
+def _model_name(metadata: Mapping[str, Any] | None, params: Mapping[str, Any], serialized: Mapping[str, Any] | None) -> str:
+    name = (metadata or {}).get("ls_model_name")
+    if isinstance(name, str) and name:
+        return name
+    for key in ("model", "model_name", "model_id"):
+        name = params.get(key)
+        if isinstance(name, str) and name:
+            return name
+    return str((serialized or {}).get("name") or "unknown")

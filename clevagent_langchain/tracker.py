@@ -1,0 +1,133 @@
+"""What is known of LangChain's runs while they go on: which ClevAgent run each belongs to, and its open tickets.
+
+It belongs to the watchdog, not to a handler: LangChain makes, copies and discards handlers as it likes, and two of them that see
+the same call must not count it twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from clevagent_core.runs import Run, Ticket
+
+if TYPE_CHECKING:
+    from clevagent_core.watchdog import Watchdog
+
+
+class Branch:
+    """One chain, graph node or tool that is running, with what it has started and not yet ended."""
+
+    __slots__ = ("children", "is_root", "parent", "run", "tickets", "tool")
+
+    def __init__(self, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None) -> None:
+        self.parent = parent
+        self.run = run
+        self.is_root = is_root
+        """Whether ``run`` was begun for it, and ends with it."""
+        self.tool = tool
+        self.children: dict[UUID, Branch] = {}
+        self.tickets: dict[UUID, Ticket] = {}
+
+
+class Tracker:
+    """The branches and tickets of one watchdog. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._branches: dict[UUID, Branch] = {}
+        self._tickets: dict[UUID, tuple[Ticket, Branch | None]] = {}
+        self._opening: set[UUID] = set()
+
+    def branch(self, run_id: UUID | None) -> Branch | None:
+        """Find a branch that is running."""
+        return self._branches.get(run_id) if run_id is not None else None
+
+    def start(self, run_id: UUID, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None) -> None:
+        """Note a branch, once."""
+        branch = Branch(parent, run, is_root=is_root, tool=tool)
+        with self._lock:
+            if run_id in self._branches:
+                return
+            self._branches[run_id] = branch
+            if parent is not None:
+                parent.children[run_id] = branch
+
+    def end(self, run_id: UUID, error: BaseException | None = None) -> None:
+        """Close a branch: what it has started and never ended may have been sent, so it is charged."""
+        with self._lock:
+            branch = self._branches.pop(run_id, None)
+            if branch is None:
+                return
+            if branch.parent is not None:
+                branch.parent.children.pop(run_id, None)
+            dangling = self._cut(branch)
+        for ticket in dangling:
+            ticket.charge(error)
+        if branch.is_root:
+            branch.run.end()
+
+    def begin_ticket(self, run_id: UUID) -> bool:
+        """Claim the right to open the ticket of a call; ``False`` when another handler has it already."""
+        with self._lock:
+            if run_id in self._opening or run_id in self._tickets:
+                return False
+            self._opening.add(run_id)
+            return True
+
+    def add_ticket(self, run_id: UUID, ticket: Ticket | None, branch: Branch | None) -> None:
+        """Keep the ticket of a call until it ends; ``None`` when the call was refused, which ends the claim."""
+        with self._lock:
+            self._opening.discard(run_id)
+            if ticket is None:
+                return
+            self._tickets[run_id] = ticket, branch
+            if branch is not None:
+                branch.tickets[run_id] = ticket
+
+    def take_ticket(self, run_id: UUID) -> Ticket | None:
+        """Give the ticket of a call that has ended, once."""
+        with self._lock:
+            found = self._tickets.pop(run_id, None)
+            if found is None:
+                return None
+            ticket, branch = found
+            if branch is not None:
+                branch.tickets.pop(run_id, None)
+            return ticket
+
+    def forget_closed(self) -> None:
+        """Drop tickets that the end of a run, or their time, has closed: nothing told LangChain's end of them."""
+        with self._lock:
+            closed = [run_id for run_id, (ticket, _) in self._tickets.items() if not ticket.is_open]
+        for run_id in closed:
+            self.take_ticket(run_id)
+
+    def size(self) -> int:
+        """How many branches and tickets are kept."""
+        return len(self._branches) + len(self._tickets)
+
+    def _cut(self, branch: Branch) -> list[Ticket]:
+        tickets = list(branch.tickets.values())
+        for run_id in branch.tickets:
+            self._tickets.pop(run_id, None)
+        for run_id, child in branch.children.items():
+            self._branches.pop(run_id, None)
+            tickets += self._cut(child)
+        branch.tickets, branch.children = {}, {}
+        return tickets
+
+
+_trackers: WeakKeyDictionary[Watchdog, Tracker] = WeakKeyDictionary()
+_trackers_lock = threading.Lock()
+
+
+def tracker_of(watchdog: Watchdog) -> Tracker:
+    """Find the one tracker of a watchdog."""
+    found = _trackers.get(watchdog)
+    if found is None:
+        with _trackers_lock:
+            found = _trackers.setdefault(watchdog, Tracker())
+    return found
