@@ -52,12 +52,19 @@ def content_bound(content: object) -> int:
         return 5
     if isinstance(content, Mapping):
         # Quotes, colon, comma and braces: a tokenizer can make each a token of its own.
-        return 2 + sum(content_bound(key) + content_bound(value) + 6 for key, value in content.items())
+        return 2 + sum(content_bound(key) + content_bound(value) + _escapes(value) + 6 for key, value in content.items())
     if isinstance(content, (list, tuple)):
         return 2 + sum(content_bound(part) + 2 for part in content)
     if isinstance(content, (bytes, bytearray)):
         return len(content)
     return text_bound(str(content))
+
+
+def _escapes(value: object) -> int:
+    """Count the characters that JSON writes as two."""
+    if not isinstance(value, str):
+        return 0
+    return value.count('"') + value.count("\\") + value.count("\n") + value.count("\t") + value.count("\r")
 
 
 def is_opaque(content: object) -> bool:
@@ -122,7 +129,7 @@ class CalibratedBounds:
         if call.opaque:
             return None
         items = call.input
-        known = self._find(call)
+        call.seen = known = self._find(call)
         if known is not None:
             bound = known.input_tokens
             for item in items[len(known.items) :]:
@@ -139,8 +146,12 @@ class CalibratedBounds:
         usage = outcome.usage
         if usage is None or not isinstance(call, LLMCall) or call.opaque or usage.input_tokens <= 0 or not call.input:
             return
+        known = call.seen
+        if not isinstance(known, _Conversation):
+            known = None
+        elif known.input_tokens == usage.input_tokens and len(known.items) == len(call.input):
+            return
         items = list(call.input)
-        known = self._find(call)
         seen = known.items if known is not None else []
         # A copy of what can be changed in place: a message that was edited must not pass for the one that was counted.
         items = seen + [item if isinstance(item, str) else copy.deepcopy(item) for item in items[len(seen) :]]
@@ -154,8 +165,11 @@ class CalibratedBounds:
 
     def _find(self, call: LLMCall) -> _Conversation | None:
         items = call.input
-        for first in (2, 1):
-            known = self._known.get(_key(call.model, items[:first]))
+        known = self._known.get(_key(call.model, items[:2]))
+        if known is not None and known.begins(call):
+            return known
+        if len(items) > 1:
+            known = self._known.get(_key(call.model, items[:1]))
             if known is not None and known.begins(call):
                 return known
         return None
@@ -163,6 +177,8 @@ class CalibratedBounds:
 
 def _key(model: str, first: Sequence[object]) -> int:
     """Tell conversations apart by their first two messages (the first is often a prompt that many share). May collide."""
+    if len(first) == 1 and type(first[0]) is str:
+        return hash(model) ^ hash(first[0])
     key = hash(model)
     for item in first:
         part = item

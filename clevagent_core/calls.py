@@ -49,6 +49,8 @@ class LLMCall:
     """The tool it is made in, for ``Budget(tool=...)``."""
     thread_id: str | None = None
     """The conversation it belongs to, for ``Budget(per="thread")``."""
+    seen: object = field(default=None, compare=False, repr=False)
+    """For the provider of bounds: what it already knew of this history when it was asked."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +70,7 @@ class ToolCall:
 Call = LLMCall | ToolCall
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that would double the cost of making one, which every call does
 class Usage:
     """What one model call used, as the provider reported it, in tokens.
 
@@ -99,6 +101,21 @@ class Usage:
 
     def __post_init__(self) -> None:
         """Refuse what no provider can mean, so that a ledger is never credited by a broken report."""
+        try:
+            # One comparison for all of them: integers combined by "or" are negative if any of them is.
+            if (
+                self.input_tokens
+                | self.output_tokens
+                | self.cache_read_tokens
+                | self.cache_write_tokens
+                | self.cache_write_1h_tokens
+                | self.reasoning_tokens
+                | self.input_audio_tokens
+                | self.output_audio_tokens
+            ) >= 0:
+                return
+        except TypeError:
+            pass  # one of them is no integer: it is named below
         for name in self.__slots__:
             value = getattr(self, name)
             if type(value) is not int or value < 0:

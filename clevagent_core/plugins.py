@@ -58,6 +58,29 @@ class PluginState:
     """Its hooks when it is loaded; what is wrong with it when it is broken."""
 
 
+@dataclass(frozen=True, slots=True)
+class BoundHooks:
+    """The hot hooks of one set of plugins, as plain calls."""
+
+    before_call: tuple[tuple[Callable[[Run, Call], Verdict], object], ...] = ()
+    """Checks, each with its plugin."""
+    reserve: tuple[tuple[Callable[[Run, Ticket, Sequence[Budget]], Reservation | Verdict], object], ...] = ()
+    """Reservations, each with its plugin."""
+    call_settled: tuple[Callable[[Run, Call, Outcome], None], ...] = ()
+    call_failed: tuple[Callable[[Run, Call, Outcome], None], ...] = ()
+    step: tuple[Callable[[Run, Step], None], ...] = ()
+
+    def __add__(self, other: BoundHooks) -> BoundHooks:
+        """Give the hooks of both, these first."""
+        return BoundHooks(
+            self.before_call + other.before_call,
+            self.reserve + other.reserve,
+            self.call_settled + other.call_settled,
+            self.call_failed + other.call_failed,
+            self.step + other.step,
+        )
+
+
 class Plugins:
     """The plugins of one watchdog, and one typed method per hook. Registering is not meant for several threads at once."""
 
@@ -134,15 +157,8 @@ class Plugins:
         """Tell what became of every plugin: loaded, blocked or broken."""
         return tuple(self._states.values())
 
-    # -- hot hooks: bound once --------------------------------------------------------------------------------------------
-
-    before_call: tuple[tuple[Callable[[Run, Call], Verdict], object], ...]
-    """Checks, each with its plugin."""
-    reserve: tuple[tuple[Callable[[Run, Ticket, Sequence[Budget]], Reservation | Verdict], object], ...]
-    """Reservations, each with its plugin."""
-    call_settled: tuple[Callable[[Run, Call, Outcome], None], ...]
-    call_failed: tuple[Callable[[Run, Call, Outcome], None], ...]
-    step: tuple[Callable[[Run, Step], None], ...]
+    bound_hooks: BoundHooks
+    """The hot hooks, bound anew whenever the set of plugins changes."""
 
     # -- everything else: through pluggy ----------------------------------------------------------------------------------
 
@@ -238,11 +254,13 @@ class Plugins:
 
     def _bind(self) -> None:
         # pluggy tells nobody when plugins change, so register and unregister go through this class.
-        self.before_call = self._bound_with_plugin("clevagent_before_call")
-        self.reserve = self._bound_with_plugin("clevagent_reserve")
-        self.call_settled = self._bound("clevagent_call_settled")
-        self.call_failed = self._bound("clevagent_call_failed")
-        self.step = self._bound("clevagent_step")
+        self.bound_hooks = BoundHooks(
+            self._bound_with_plugin("clevagent_before_call"),
+            self._bound_with_plugin("clevagent_reserve"),
+            self._bound("clevagent_call_settled"),
+            self._bound("clevagent_call_failed"),
+            self._bound("clevagent_step"),
+        )
         self._bounds = self._bound("clevagent_bound")
 
     def _implementations(self, hook: str) -> list[pluggy.HookImpl]:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from clevagent_core.accounts import accounts_of, record
 from clevagent_core.budgets import UNITS, USD, Budget
@@ -22,6 +22,7 @@ from clevagent_core.calls import Call, LLMCall, Step, ToolCall, Usage
 from clevagent_core.clock import utc
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, Stopped, UsageError
 from clevagent_core.money import PICO_PER_USD, format_usd, to_pico, to_usd
+from clevagent_core.plugins import BoundHooks
 from clevagent_core.verdicts import Incident, Stop, Unit, Warn
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Reservation(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a call."""
 
     status: Literal["settled", "released", "charged"]
@@ -147,17 +147,16 @@ class RunSummary:
 class _Tally:
     """Adds up what a run uses. One lock: additions come from many threads."""
 
-    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "lock", "refusals", "tool_calls", "total", "unpriced")
+    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "lock", "refusals", "tool_calls", "unpriced")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.total = [0, 0, 0, 0]
         self.by_model: dict[str, list[int]] = {}
         self.by_node: dict[str, list[int]] = {}
         self.by_tool: dict[str, list[int]] = {}
         self.tool_calls = self.refusals = self.clamped = self.charged = self.unpriced = 0
 
-    def add(self, call: Call, sign: int, cost: int | None, usage: Usage, *, charged: bool = False, clamped: bool = False) -> None:
+    def add(self, call: Call, sign: int, cost: int | None, usage: Usage, charged: bool, clamped: bool) -> None:  # noqa: FBT001 - hot
         """Add a call (``sign`` 1), or take back one that was charged because its real usage came later (``sign`` -1)."""
         input_tokens, output_tokens = usage.input_tokens, usage.output_tokens
         amount = sign * (cost or 0)
@@ -170,13 +169,8 @@ class _Tally:
                 self.tool_calls += sign
                 _add(self.by_tool, call.tool, sign, amount, 0, 0)
                 return
-            if cost is None:
+            if cost is None and not charged:
                 self.unpriced += sign
-            row = self.total
-            row[0] += sign
-            row[1] += amount
-            row[2] += input_tokens
-            row[3] += output_tokens
             _add(self.by_model, call.model, sign, amount, input_tokens, output_tokens)
             if call.node is not None:
                 _add(self.by_node, call.node, sign, amount, input_tokens, output_tokens)
@@ -220,8 +214,9 @@ class Ticket:
 
     def settle(self, usage: Usage | None = None, *, error: BaseException | None = None) -> None:
         """Tell that the call ended. Without ``usage`` it costs its upper bound."""
+        call = self.call
         if usage is None:
-            if isinstance(self.call, LLMCall):
+            if isinstance(call, LLMCall):
                 self.charge(error)
                 return
             usage = _NO_USAGE
@@ -232,16 +227,15 @@ class Ticket:
         for reservation in self._reservations:
             reservation.settle(usage, cost)
         run = self.run
-        run._count(self.call, usage, cost, clamped=self.is_clamped)  # noqa: SLF001 - a ticket is a part of its run
+        run._count(call, usage, cost, clamped=self.is_clamped)  # noqa: SLF001 - a ticket is a part of its run
         outcome = Outcome("settled", usage, cost, error)
-        for plugins in run.hooks:
-            for observer in plugins.call_settled:
-                try:
-                    observer(run, self.call, outcome)
-                except Exception:  # whose code: a plugin's; observers fail open
-                    logger.exception("An observer of settled calls failed and was passed over.")
-        if any(plugins.step for plugins in run.hooks):
-            call = self.call
+        hooks = run.hooks()
+        for observer in hooks.call_settled:
+            try:
+                observer(run, call, outcome)
+            except Exception:  # whose code: a plugin's; observers fail open
+                logger.exception("An observer of settled calls failed and was passed over.")
+        if hooks.step:
             run.step(Step(kind="llm_call", name=call.model) if isinstance(call, LLMCall) else Step(kind="tool_call", name=call.tool))
 
     def release(self, error: BaseException | None = None) -> None:
@@ -287,12 +281,11 @@ class Ticket:
         return True
 
     def _tell_failed(self, outcome: Outcome) -> None:
-        for plugins in self.run.hooks:
-            for observer in plugins.call_failed:
-                try:
-                    observer(self.run, self.call, outcome)
-                except Exception:  # whose code: a plugin's; observers fail open
-                    logger.exception("An observer of failed calls failed and was passed over.")
+        for observer in self.run.hooks().call_failed:
+            try:
+                observer(self.run, self.call, outcome)
+            except Exception:  # whose code: a plugin's; observers fail open
+                logger.exception("An observer of failed calls failed and was passed over.")
 
 
 _ticket_lock = threading.Lock()
@@ -327,9 +320,10 @@ class Run:
     ) -> None:
         """Made by ``Watchdog.start_run``."""
         self.watchdog = watchdog
-        around = parent.hooks if parent is not None else (watchdog.plugins,)
-        self.hooks: tuple[Plugins, ...] = around if guards is None else (*around, guards)
-        """The watchdog's plugins, and the guards of this run and of those around it."""
+        self.guards: BoundHooks | None = parent.guards if parent is not None else None
+        """The hooks of the guards of this run and of those around it, beside the watchdog's plugins."""
+        if guards is not None:
+            self.guards = (self.guards or BoundHooks()) + guards.bound_hooks
         self.parent = parent
         self.root: Run = parent.root if parent is not None else self
         self.run_id = run_id or uuid.uuid4().hex
@@ -381,12 +375,16 @@ class Run:
 
     def step(self, step: Step) -> None:
         """Tell a sign of progress."""
-        for plugins in self.hooks:
-            for observer in plugins.step:
-                try:
-                    observer(self, step)
-                except Exception:  # whose code: a plugin's; observers fail open
-                    logger.exception("An observer of steps failed and was passed over.")
+        for observer in self.hooks().step:
+            try:
+                observer(self, step)
+            except Exception:  # whose code: a plugin's; observers fail open
+                logger.exception("An observer of steps failed and was passed over.")
+
+    def hooks(self) -> BoundHooks:
+        """The hot hooks in force for this run."""
+        hooks = self.watchdog.plugins.bound_hooks
+        return hooks if self.guards is None else hooks + self.guards
 
     def log(self, call: Call, usage: Usage, cost_pico: int | None) -> None:
         """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``."""
@@ -406,7 +404,7 @@ class Run:
                 agent=self.watchdog.settings.agent,
                 started_at=self.started_at,
                 ended_at=self.ended_at,
-                total=_spend(tally.total),
+                total=_spend([sum(column) for column in zip(*tally.by_model.values(), strict=True)] or [0, 0, 0, 0]),
                 tool_calls=tally.tool_calls,
                 refusals=tally.refusals,
                 clamped_calls=tally.clamped,
@@ -502,39 +500,38 @@ class Run:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _try(self, call: Call, extra: Sequence[Budget]) -> Ticket | Stop:
-        for plugins in self.hooks:
-            for check, plugin in plugins.before_call:
-                try:
-                    verdict = check(self, call)
-                except Exception as error:  # whose code: a guard's; each declares what its own fault means
-                    verdict = self._fault(plugin, error)
-                if verdict is not None:
-                    stop = self._judge(verdict)
-                    if stop is not None:
-                        return stop
+        hooks = self.hooks()
+        for check, plugin in hooks.before_call:
+            try:
+                verdict = check(self, call)
+            except Exception as error:  # whose code: a guard's; each declares what its own fault means
+                verdict = self._fault(plugin, error)
+            if verdict is not None:
+                stop = self._judge(verdict)
+                if stop is not None:
+                    return stop
         rates = self.watchdog.rates(call) if isinstance(call, LLMCall) else None
         reservations: list[Reservation] = []
         ticket = Ticket(self, call, rates, reservations)
-        for plugins in self.hooks:
-            for reserve, plugin in plugins.reserve:
-                try:
-                    answer = reserve(self, ticket, extra)
-                except UsageError:
+        for reserve, plugin in hooks.reserve:
+            try:
+                answer = reserve(self, ticket, extra)
+            except UsageError:
+                _release(reservations)
+                raise
+            except Exception as error:  # whose code: a guard's; each declares what its own fault means
+                answer = self._fault(plugin, error)
+            if answer is None:
+                continue
+            if isinstance(answer, (Stop, Warn)):
+                stop = self._judge(answer)
+                if stop is not None:
                     _release(reservations)
-                    raise
-                except Exception as error:  # whose code: a guard's; each declares what its own fault means
-                    answer = self._fault(plugin, error)
-                if answer is None:
-                    continue
-                if isinstance(answer, (Stop, Warn)):
-                    stop = self._judge(answer)
-                    if stop is not None:
-                        _release(reservations)
-                        return stop
-                    continue
-                reservations.append(answer)
-                if answer.max_output_tokens is not None:
-                    ticket.max_output_tokens = answer.max_output_tokens
+                    return stop
+                continue
+            reservations.append(answer)
+            if answer.max_output_tokens is not None:
+                ticket.max_output_tokens = answer.max_output_tokens
         return ticket
 
     def _judge(self, verdict: Stop | Warn) -> Stop | None:
@@ -627,7 +624,7 @@ class Run:
     ) -> None:
         run: Run | None = self
         while run is not None:
-            run._tally.add(call, sign, cost, usage, charged=charged, clamped=clamped)
+            run._tally.add(call, sign, cost, usage, charged, clamped)
             run = run.parent
 
     def _account_to_top_up(self, unit: str, name: str | None) -> Account:

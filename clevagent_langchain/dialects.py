@@ -7,6 +7,7 @@ Gemini, ``options.num_predict`` for Ollama.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,33 +42,38 @@ class Dialect:
     def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the request that matter here: the model's own, then those of this call."""
         params: dict[str, Any] = {}
-        for name in ("max_tokens", "max_output_tokens", "num_predict", "n", "extra_body", "model_kwargs", "tools"):
-            value = getattr(model, name, None)
-            if value is not None:
+        for name in _own_params(type(model)):
+            value = getattr(model, name)
+            if value:
                 params[name] = value
-        return {**params, **kwargs}
+        own = params.get("model_kwargs")
+        if own:
+            params.update(own)
+        params.update(kwargs)
+        return params
 
     def describe(self, model: BaseChatModel, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any]) -> LLMCall:
         """Say what the model is about to send."""
         params = self.params(model, kwargs)
-        limit = self._limit(model, params, kwargs)
+        facts = requests.facts_of(params)
+        limit = self._asked(model, facts.limit)
         floor = _FLOOR
-        if requests.wants_whole_answer(params):
+        if facts.wants_whole_answer:
             floor = limit or _WHOLE_FLOOR
-        thinking = requests.thinking_tokens(params)
-        if thinking:
-            floor = max(floor, thinking + _AFTER_THINKING)
+        if facts.thinking_tokens:
+            floor = max(floor, facts.thinking_tokens + _AFTER_THINKING)
+        items, is_opaque = requests.items_of(messages)
         call = LLMCall(
             model=kwargs.get("model") or self.model_name(model),
-            input=requests.items_of(messages),
-            tools=requests.schemas_of(params),
+            input=items,
+            tools=facts.tools,
             max_output_tokens=limit,
             min_output_tokens=floor,
             most_output_tokens=self._most(model) if limit is None else None,
             clamp=self.is_known,
-            answers=requests.answers_of(params),
+            answers=facts.answers,
             provider=self.provider,
-            opaque=requests.has_opaque(messages) or requests.is_unbounded(params),
+            opaque=facts.is_unbounded or is_opaque,
             service_tier=params.get("service_tier"),
         )
         if call.opaque:
@@ -93,8 +99,9 @@ class Dialect:
         """Switch the SDK's retries off in ``copy``; tell how many there were."""
         return 0
 
-    def _limit(self, model: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> int | None:  # noqa: ARG002
-        return requests.largest_limit(params)
+    def _asked(self, model: BaseChatModel, limit: int | None) -> int | None:  # noqa: ARG002 - for subclasses
+        """Tell which limit the user asked for, given the one that would be sent."""
+        return limit
 
     def _most(self, model: BaseChatModel) -> int | None:
         most = _profile(model).get("max_output_tokens")
@@ -105,15 +112,6 @@ class OpenAIDialect(Dialect):
     """``BaseChatOpenAI`` and what derives from it (Azure, DeepSeek, xAI, ...)."""
 
     is_known = True
-
-    def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Dialect.params`."""
-        params = {"max_tokens": getattr(model, "max_tokens", None), "n": getattr(model, "n", None)}
-        for name in ("extra_body", "model_kwargs", "service_tier", "use_previous_response_id"):
-            value = getattr(model, name, None)
-            if value:
-                params[name] = value
-        return {**params, **(params.get("model_kwargs") or {}), **kwargs} if kwargs or "model_kwargs" in params else params
 
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`. A limit of the call goes before the constructor's, except in ``extra_body``."""
@@ -156,15 +154,6 @@ class AnthropicDialect(Dialect):
         """See :meth:`Dialect.model_name`."""
         return str(getattr(model, "model", ""))
 
-    def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Dialect.params`."""
-        params = {"max_tokens": getattr(model, "max_tokens", None)}
-        for name in ("thinking", "model_kwargs", "mcp_servers", "output_config"):
-            value = getattr(model, name, None)
-            if value:
-                params[name] = value
-        return {**params, **(params.get("model_kwargs") or {}), **kwargs}
-
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`."""
         sent = _without_limits(kwargs, None)
@@ -180,9 +169,8 @@ class AnthropicDialect(Dialect):
         fields["max_retries"] = 0
         return int(getattr(model, "max_retries", 0) or 0)
 
-    def _limit(self, model: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> int | None:
+    def _asked(self, model: BaseChatModel, limit: int | None) -> int | None:
         # Every request must carry a limit, so the model's own maximum stands in where the user gave none.
-        limit = requests.largest_limit(params)
         return None if limit is not None and limit == _profile(model).get("max_output_tokens") else limit
 
     def _most(self, model: BaseChatModel) -> int | None:
@@ -227,6 +215,18 @@ def dialect_of(model: BaseChatModel) -> Dialect:
         if dialect is not None:
             return dialect
     return _UNKNOWN
+
+
+_PARAMS = (
+    "max_tokens", "max_output_tokens", "num_predict", "n", "extra_body", "model_kwargs", "service_tier", "thinking", "mcp_servers",
+    "output_config", "use_previous_response_id",
+)  # fmt: skip
+
+
+@functools.cache
+def _own_params(model_class: type[BaseChatModel]) -> tuple[str, ...]:
+    """Which parameters a class of models has: pydantic takes microseconds to say that an attribute is missing."""
+    return tuple(name for name in _PARAMS if name in model_class.model_fields)
 
 
 def _profile(model: BaseChatModel) -> Mapping[str, Any]:

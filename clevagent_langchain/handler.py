@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clevagent")
 
+_NO_TRACKER = Tracker()
 _SWEEP = 1024
 """How many open entries make a look for those that were closed elsewhere worth its time."""
 
@@ -62,6 +63,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         """Attach to ``watchdog``, or to the process's own, whichever that is when a call is made. Costs nothing: no state."""
         super().__init__()
         self._own = watchdog
+        self._tracked: Watchdog | None = None
+        self._tracker_of_it = _NO_TRACKER
 
     # -- model calls ------------------------------------------------------------------------------------------------------
 
@@ -149,7 +152,9 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         tracker = self._tracker()
         branch = tracker.branch(parent_run_id)
         name = (serialized or {}).get("name") or kwargs.get("name") or "tool"
-        call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str, **_where(metadata))
+        call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str)
+        if metadata:
+            call.node, call.thread_id = metadata.get("langgraph_node"), metadata.get("thread_id")
         run = self._open(run_id, branch, call)
         if run is not None:
             tracker.start(run_id, branch, run, is_root=False, tool=name)
@@ -208,7 +213,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         return self._own or default.current()
 
     def _tracker(self) -> Tracker:
-        return tracker_of(self._watchdog())
+        watchdog = self._own or default.current()
+        if watchdog is not self._tracked:
+            self._tracked, self._tracker_of_it = watchdog, tracker_of(watchdog)
+        return self._tracker_of_it
 
     def _open_llm(
         self,
@@ -221,26 +229,36 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
     ) -> None:
         branch = self._tracker().branch(parent_run_id)
         params = kwargs.get("invocation_params") or {}
-        is_chat = bool(messages) and isinstance(messages[0], BaseMessage)
-        provider = (metadata or {}).get("ls_provider")
+        metadata = metadata or {}
         call = LLMCall(
             model=_model_name(metadata, params, serialized),
-            input=requests.items_of(messages) if is_chat else list(messages),
-            tools=requests.schemas_of(params),
-            max_output_tokens=requests.largest_limit(params),
-            answers=requests.answers_of(params),
-            # Many providers are reached through OpenAI's client; the model's own name tells more.
-            provider=provider if provider != "openai" else None,
-            opaque=(is_chat and requests.has_opaque(messages)) or requests.is_unbounded(params),
-            service_tier=params.get("service_tier"),
             tool=branch.tool if branch is not None else None,
-            **_where(metadata),
+            node=metadata.get("langgraph_node"),
+            thread_id=metadata.get("thread_id"),
         )
+        try:
+            facts = requests.facts_of(params)
+            is_opaque = False
+            if messages and isinstance(messages[0], BaseMessage):
+                call.input, is_opaque = requests.items_of(messages)
+            else:
+                call.input = list(messages)
+            call.tools = facts.tools
+            call.max_output_tokens = facts.limit
+            call.answers = facts.answers
+            call.opaque = facts.is_unbounded or is_opaque
+            call.service_tier = params.get("service_tier")
+            # Many providers are reached through OpenAI's client; the model's own name tells more.
+            provider = metadata.get("ls_provider")
+            call.provider = provider if provider != "openai" else None
+        except Exception:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
+            logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
+            call.opaque = True
         self._open(run_id, branch, call)
 
     def _open(self, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
+        tracker = self._tracker()
         watchdog = self._watchdog()
-        tracker = tracker_of(watchdog)
         if not tracker.begin_ticket(run_id):
             return None
         if tracker.size() > _SWEEP:
@@ -270,14 +288,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         tracker.end(run_id, error)
 
 
-def _where(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    if not metadata:
-        return {}
-    return {"node": metadata.get("langgraph_node"), "thread_id": metadata.get("thread_id")}
-
-
-def _model_name(metadata: Mapping[str, Any] | None, params: Mapping[str, Any], serialized: Mapping[str, Any] | None) -> str:
-    name = (metadata or {}).get("ls_model_name")
+def _model_name(metadata: Mapping[str, Any], params: Mapping[str, Any], serialized: Mapping[str, Any] | None) -> str:
+    name = metadata.get("ls_model_name")
     if isinstance(name, str) and name:
         return name
     for key in ("model", "model_name", "model_id"):

@@ -8,7 +8,7 @@ call go out side by side), so the largest counts. ``ls_model_name`` tells a mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
@@ -25,28 +25,37 @@ LIMIT_KEYS = (
 _NESTED = ("extra_body", "model_kwargs", "options", "generation_config")
 _UNBOUNDED = ("previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content")
 """Parameters that put text before the model which is not in the request."""
+_SCHEMAS = ("functions", "response_format", "text", "output_config")
+_RARE = frozenset({
+    *_NESTED, *_UNBOUNDED, *_SCHEMAS,
+    "n", "tools", "tool_choice", "thinking", "use_previous_response_id", "ls_structured_output_format",
+})  # fmt: skip
+"""Parameters that few requests have; without any of them, only the limits need reading."""
+_SENT_BESIDE = ("tool_calls", "invalid_tool_calls", "tool_call_id", "name")
 _PLAIN = frozenset({HumanMessage, SystemMessage})
 
 
-def items_of(messages: Sequence[BaseMessage]) -> list[object]:
-    """What each message sends, as plain text and nestings of it; the same objects for the same messages."""
-    return [
-        message.content if type(message) in _PLAIN and message.name is None else _item(message) for message in messages
-    ]
+def items_of(messages: Sequence[BaseMessage]) -> tuple[list[object], bool]:
+    """What each message sends, as plain text and nestings of it (the same objects for the same messages); and whether any of it
+    is something that its text cannot bound.
 
-
-def has_opaque(messages: Sequence[BaseMessage]) -> bool:
-    """Tell whether a message holds something that its text cannot bound."""
-    return any(type(message.content) is not str and is_opaque(message.content) for message in messages)
+    Runs over the whole history for every call, so it reads the fields where pydantic keeps them.
+    """  # noqa: D205 - two results
+    items: list[object] = []
+    is_any_opaque = False
+    for message in messages:
+        fields = message.__dict__
+        content = fields["content"]
+        if type(content) is not str and is_opaque(content):
+            is_any_opaque = True
+        is_plain = type(message) in _PLAIN and fields["name"] is None
+        items.append(content if is_plain else _item(content, fields))
+    return items, is_any_opaque
 
 
 def largest_limit(params: Mapping[str, Any]) -> int | None:
     """Find the largest output limit that ``params`` may send."""
-    largest: int | None = None
-    for key in LIMIT_KEYS:
-        value = params.get(key)
-        if type(value) is int and value > 0 and (largest is None or value > largest):
-            largest = value
+    largest = _largest(params)
     for key in _NESTED:
         nested = params.get(key)
         if isinstance(nested, Mapping):
@@ -70,7 +79,7 @@ def schemas_of(params: Mapping[str, Any]) -> Sequence[object]:
     """What is sent beside the messages and billed as input: tools, functions, response formats."""
     tools = params.get("tools")
     others = [
-        _schema(params[key]) for key in ("functions", "response_format", "text", "output_config") if params.get(key) is not None
+        _schema(params[key]) for key in _SCHEMAS if params.get(key) is not None
     ]
     if others:
         return [*(tools or ()), *others]
@@ -103,26 +112,50 @@ def thinking_tokens(params: Mapping[str, Any]) -> int:
     return budget if type(budget) is int and budget > 0 else 0
 
 
-def _item(message: BaseMessage) -> object:
-    parts: list[object] = [message.content]
-    tool_calls = getattr(message, "tool_calls", None)
-    if tool_calls:
-        parts.append(tool_calls)
-    invalid = getattr(message, "invalid_tool_calls", None)
-    if invalid:
-        parts.append(invalid)
-    tool_call_id = getattr(message, "tool_call_id", None)
-    if tool_call_id is not None:
-        parts.append(tool_call_id)
-    if message.name is not None:
-        parts.append(message.name)
-    extra = message.additional_kwargs
+class Facts(NamedTuple):
+    """What the parameters of a request tell of its cost."""
+
+    limit: int | None = None
+    """The largest output limit that it may send."""
+    answers: int = 1
+    tools: Sequence[object] = ()
+    is_unbounded: bool = False
+    wants_whole_answer: bool = False
+    thinking_tokens: int = 0
+
+
+def facts_of(params: Mapping[str, Any]) -> Facts:
+    """Read the parameters of a request."""
+    if _RARE.isdisjoint(params):
+        return Facts(_largest(params))
+    return Facts(
+        largest_limit(params),
+        answers_of(params),
+        schemas_of(params),
+        is_unbounded(params),
+        wants_whole_answer(params),
+        thinking_tokens(params),
+    )
+
+
+def _largest(params: Mapping[str, Any]) -> int | None:
+    largest: int | None = None
+    for key in LIMIT_KEYS:
+        value = params.get(key)
+        if type(value) is int and value > 0 and (largest is None or value > largest):
+            largest = value
+    return largest
+
+
+def _item(content: object, fields: Mapping[str, Any]) -> object:
+    parts = [fields[name] for name in _SENT_BESIDE if fields.get(name)]
+    extra = fields["additional_kwargs"]
     if extra:
         # The same tool calls stand there once more, as the provider wrote them.
         rest = {key: value for key, value in extra.items() if key not in {"tool_calls", "refusal"}}
         if rest:
             parts.append(rest)
-    return parts[0] if len(parts) == 1 else tuple(parts)
+    return (content, *parts) if parts else content
 
 
 def _schema(value: object) -> object:

@@ -26,6 +26,9 @@ def from_metadata(metadata: Mapping[str, Any] | None) -> Usage | None:
         return None
     input_tokens = _count(metadata, "input_tokens")
     output_tokens = _count(metadata, "output_tokens")
+    if not input_tokens and not output_tokens:
+        # langchain-anthropic makes zeros of usage that was not reported; no call has an empty prompt.
+        return None
     # xAI reports reasoning beside the output, in the total only.
     total = metadata.get("total_tokens")
     if isinstance(total, int) and total > input_tokens + output_tokens:

@@ -21,8 +21,8 @@ _TEXT_KEYS = ("text", "thinking", "refusal", "arguments")
 _NESTING_KEYS = ("content", "output", "summary", "tool_calls", "function", "function_call", "custom")
 
 
-class InvalidRequest(ValueError):
-    """The request carries what no provider accepts."""
+class InvalidRequestError(ValueError):
+    """The request carries what no provider accepts; told to the client with status 400."""
 
 
 class Bill(NamedTuple):
@@ -84,7 +84,7 @@ class Meter:
         """Bill a request for which the provider does the work.
 
         Raises:
-            InvalidRequest: an output limit, or a number of answers, is no whole number of at least 1.
+            InvalidRequestError: an output limit, or a number of answers, is no whole number of at least 1.
 
         """
         limits = [_count(limit, "an output limit") for limit in asked.output_limits if limit is not None]
@@ -146,7 +146,7 @@ def within(body: Mapping[str, Any], *path: str) -> object:
 
 def _count(value: object, what: str) -> int:
     if type(value) is not int or value < 1:
-        raise InvalidRequest(f"{value!r} is not {what}: a whole number of at least 1 is expected.")
+        raise InvalidRequestError(f"{value!r} is not {what}: a whole number of at least 1 is expected.")
     return value
 
 
@@ -155,15 +155,19 @@ def _ceil(count: int, ratio: Fraction) -> int:
 
 
 def _rates(price: Price, model: str) -> tuple[int, int]:
-    rates = []
-    for usd in price:
-        rate, rest = divmod(to_pico(usd, what=f"prices[{model!r}]"), _MILLION)
-        if rest:
-            raise UsageError(
-                f"The price of {model!r}, ${usd} for a million tokens, is no whole number of pico-USD for one token, so "
-                f"bills would not be exact. Give it in steps of ${1 / PICO_PER_USD_PER_MILLION:.6f}."
-            )
-        rates.append(rate)
-    if len(rates) != 2:
-        raise UsageError(f"The price of {model!r} is {price!r}. Give two numbers: for input and for output.")
-    return rates[0], rates[1]
+    """Turn a price into whole pico-USD for one token of input and of output."""
+    try:
+        input_usd, output_usd = price
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"The price of {model!r} is {price!r}. Give two numbers: for input and for output.") from error
+    return _rate(input_usd, model), _rate(output_usd, model)
+
+
+def _rate(usd: float, model: str) -> int:
+    rate, rest = divmod(to_pico(usd, what=f"prices[{model!r}]"), _MILLION)
+    if rest:
+        raise UsageError(
+            f"The price of {model!r}, ${usd} for a million tokens, is no whole number of pico-USD for one token, so bills would "
+            f"not be exact. Give it in steps of ${1 / PICO_PER_USD_PER_MILLION:.6f}."
+        )
+    return rate

@@ -9,7 +9,7 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from clevagent.testing.billing import NOTHING, Bill, InvalidRequest, Meter, Price
+from clevagent.testing.billing import NOTHING, Bill, InvalidRequestError, Meter, Price
 from clevagent.testing.dialects import Answer, ChatCompletions, Completions, Dialect, Messages, Responses, encode
 from clevagent.testing.replies import Kind, ReceivedRequest, Reply
 from clevagent.testing.server import HttpRequest, HttpResponse, HttpServer
@@ -18,7 +18,12 @@ from clevagent_core.errors import UsageError
 Script = Iterable[Reply] | Callable[[dict[str, Any]], Reply]
 """What is answered: replies in order (the last one again and again), or a function of a request's JSON."""
 
-_PRICES: dict[str, Price] = {"gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60), "claude-sonnet-4-5": (3.00, 15.00)}
+_PRICES: dict[str, Price] = {
+    "gpt-4o": (2.50, 10.00),
+    "gpt-4o-mini": (0.15, 0.60),
+    "claude-sonnet-4-5": (3.00, 15.00),
+    "claude-sonnet-4-6": (3.00, 15.00),
+}
 _OPENAI: Dialect = ChatCompletions()
 _ANTHROPIC: Dialect = Messages()
 _DIALECTS: dict[str, Dialect] = {
@@ -67,7 +72,7 @@ class LoopbackProvider:
             request's JSON on its connection's thread (so it may block, and must be safe to call from several). A function
             that raises makes a status 500 that the SDKs do not retry.
         prices: US dollars for a million tokens, ``{model: (input, output)}``, beside or instead of the built-in ones
-            ("gpt-4o", "gpt-4o-mini", "claude-sonnet-4-5").
+            ("gpt-4o", "gpt-4o-mini", "claude-sonnet-4-5", "claude-sonnet-4-6").
         default_price: the price of every other model.
         tokenizer: counts the tokens of one text, instead of its bytes; called from several threads.
         tokens_per_byte: how many tokens each byte is, for example 0.25; the request's sum is rounded up.
@@ -194,21 +199,22 @@ class LoopbackProvider:
 
     def _handle(self, request: HttpRequest) -> HttpResponse:
         dialect = _DIALECTS.get(request.path) if request.method == "POST" else None
-        body, model = _parse(request.body)
+        body = _parse(request.body)
         if dialect is None:
             message = f"{request.method} {request.path} is not served by this LoopbackProvider."
             return self._refuse(request, body or {}, _Refusal(_NOT_FOUND, message))
         if body is None:
             return self._refuse(request, {}, _Refusal(_BAD_REQUEST, "The body is no JSON object."))
+        model = _model_of(body)
         try:
             reply = self._next_reply(body)
             bill = self._meter.bill(model, dialect.asked(body), reply) if reply.kind != "error" else NOTHING
-        except InvalidRequest as error:
+        except InvalidRequestError as error:
             return self._refuse(request, body, _Refusal(_BAD_REQUEST, str(error)))
         except Exception as error:  # the test's own script or tokenizer; its client is told
             return self._refuse(request, body, _Refusal(_SERVER_ERROR, f"The script of this LoopbackProvider raised {error!r}."))
         status = None if reply.hang or reply.drop == "before" else reply.status
-        number = self._record(request.path, body, model, reply.kind, status, bill)
+        number = self._record(request.path, body, reply.kind, status, bill)
         is_stream = reply.kind != "error" and body.get("stream") is True
         answer = Answer(number, model, body, reply, bill)
         parts: list[bytes] = []
@@ -222,13 +228,13 @@ class LoopbackProvider:
         )
 
     def _refuse(self, request: HttpRequest, body: dict[str, Any], refusal: _Refusal) -> HttpResponse:
-        self._record(request.path, body, _model_of(body), "error", refusal.status, NOTHING)
+        self._record(request.path, body, "error", refusal.status)
         dialect = _ANTHROPIC if request.path.startswith("/v1/messages") else _OPENAI
         content = encode(dialect.error(refusal.status, refusal.message))
         # Both SDKs take this header's word: a mistake in a test should show at once.
         return HttpResponse(refusal.status, [content], headers={"x-should-retry": "false"})
 
-    def _record(self, path: str, body: dict[str, Any], model: str, kind: Kind, status: int | None, bill: Bill) -> int:
+    def _record(self, path: str, body: dict[str, Any], kind: Kind, status: int | None, bill: Bill = NOTHING) -> int:
         with self._received:
             number = len(self._requests) + 1
             self._requests.append(
@@ -236,7 +242,7 @@ class LoopbackProvider:
                     number=number,
                     path=path,
                     body=body,
-                    model=model,
+                    model=_model_of(body),
                     kind=kind,
                     status=status,
                     billed_input_tokens=bill.input_tokens,
@@ -250,13 +256,12 @@ class LoopbackProvider:
             return number
 
 
-def _parse(content: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Read a body: its JSON object and the model it names."""
+def _parse(content: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(content)
     except ValueError:
-        return None, ""
-    return (body, _model_of(body)) if isinstance(body, dict) else (None, "")
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def _model_of(body: Mapping[str, Any]) -> str:

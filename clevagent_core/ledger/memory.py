@@ -69,12 +69,12 @@ class MemoryLedger:
         with self._lock:
             refused: Refusal | None = None
             for line in lines:
-                account = line[0]
+                account, unit, enforced = line
                 if account.closed:
                     raise StaleAccount(account.key)
-                if not line[2]:
+                if not enforced:
                     continue
-                needed = amounts[line[1]]
+                needed = amounts[unit]
                 total = account.spent + needed
                 if wrap_up:
                     room = account.ceiling

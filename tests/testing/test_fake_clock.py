@@ -138,8 +138,7 @@ def test_nobody_waiting_is_told(clock):
 def test_a_task_waits_without_blocking_the_loop(clock):
     async def main():
         waiting = asyncio.create_task(clock.wait_async(asyncio.Event(), 10))
-        while not clock.waiting:
-            await asyncio.sleep(0)
+        assert await asyncio.to_thread(clock.wait_for_waiters)
         clock.advance(9.999)
         for _ in range(10):
             await asyncio.sleep(0)
@@ -167,8 +166,7 @@ def test_a_task_wakes_when_its_event_is_set(clock):
     async def main():
         event = asyncio.Event()
         waiting = asyncio.create_task(clock.wait_async(event, 10))
-        while not clock.waiting:
-            await asyncio.sleep(0)
+        assert await asyncio.to_thread(clock.wait_for_waiters)
         event.set()
         assert await asyncio.wait_for(waiting, 5) is True
 
@@ -180,8 +178,7 @@ def test_an_event_that_is_set_at_the_deadline_counts(clock):
     async def main():
         event = asyncio.Event()
         waiting = asyncio.create_task(clock.wait_async(event, 10))
-        while not clock.waiting:
-            await asyncio.sleep(0)
+        assert await asyncio.to_thread(clock.wait_for_waiters)
         clock.advance(10)
         event.set()
         assert await asyncio.wait_for(waiting, 5) is True
@@ -192,8 +189,7 @@ def test_an_event_that_is_set_at_the_deadline_counts(clock):
 def test_a_cancelled_task_waits_no_longer(clock):
     async def main():
         waiting = asyncio.create_task(clock.wait_async(asyncio.Event(), 10))
-        while not clock.waiting:
-            await asyncio.sleep(0)
+        assert await asyncio.to_thread(clock.wait_for_waiters)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -1,0 +1,134 @@
+"""The command ``clevagent``. What a command needs is imported when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import click
+
+from clevagent import __version__
+from clevagent_core.errors import ClevAgentError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from clevagent_core.plugins import PluginState
+
+_NOT_DONE = 2
+"""The exit code where nothing could be done, because something has to be put right first."""
+_DEMO_NEEDS = ("langchain_core", "langchain.agents", "langchain_openai")
+_STYLES = {"loaded": "green", "blocked": "yellow", "broken": "bold red"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="clevagent", message="%(prog)s %(version)s")
+def main() -> None:
+    """ClevAgent refuses an agent's next call before the money is spent."""
+
+
+# -- clevagent plugins ----------------------------------------------------------------------------------------------------
+
+
+@main.command("plugins")
+def plugins_command() -> None:
+    """List the plugins, and what became of each.
+
+    Honours CLEVAGENT_* in the environment, such as CLEVAGENT_BLOCK. The exit code is 1 if a plugin is broken.
+    """
+    from rich.console import Console  # noqa: PLC0415 - not needed for --help
+
+    try:
+        states = _plugin_states()
+    except ClevAgentError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(_NOT_DONE)
+    console = Console()
+    console.print(_plugin_table(states))
+    broken = sum(state.status == "broken" for state in states)
+    if broken:
+        console.print(
+            f"{broken} of {len(states)} plugins {'is' if broken == 1 else 'are'} broken and left out; the others work. Mend or "
+            "uninstall what is broken, or leave it out knowingly with CLEVAGENT_BLOCK=name.",
+            highlight=False,
+        )
+        sys.exit(1)
+
+
+def _plugin_states() -> tuple[PluginState, ...]:
+    """Load the plugins as ``init()`` would, with the settings of the environment.
+
+    Raises:
+        UsageError: the environment has a setting that is unknown or cannot be used.
+
+    """
+    from clevagent_core.plugins import Plugins  # noqa: PLC0415 - not needed for --help
+    from clevagent_core.settings import Settings  # noqa: PLC0415 - as above
+
+    settings = Settings.resolve({})
+    plugins = Plugins(block=settings.block)
+    logger = logging.getLogger("clevagent")
+    was_disabled = logger.disabled
+    # A broken plugin stands in the table; the warning would say the same once more.
+    logger.disabled = True
+    try:
+        plugins.load(settings.plugins)
+    finally:
+        logger.disabled = was_disabled
+    return plugins.states()
+
+
+def _plugin_table(states: Sequence[PluginState]) -> Table:
+    from rich import box  # noqa: PLC0415 - not needed for --help
+    from rich.table import Table  # noqa: PLC0415 - as above
+    from rich.text import Text  # noqa: PLC0415 - as above
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("name", "source", "status", "hooks, or what is wrong"):
+        table.add_column(title, overflow="fold", no_wrap=title == "status")
+    for state in states:
+        # Text, because a plugin's own words may look like markup.
+        detail = state.detail.replace(", ", "\n") if state.status == "loaded" else state.detail
+        status = Text(state.status, style=_STYLES.get(state.status, ""))
+        table.add_row(Text(state.name), Text(state.source), status, Text(detail))
+    return table
+
+
+# -- clevagent demo -------------------------------------------------------------------------------------------------------
+
+
+@main.command("demo")
+def demo_command() -> None:
+    """See four ceilings hold, and what the same work costs without them.
+
+    Real LangChain agents and OpenAI's real client, against a provider on this machine that keeps the bill: no key, no account,
+    no network, no cost. Takes some ten seconds. The exit code is 0 if every ceiling held and every ledger agrees with the bill.
+    """
+    missing = _missing_for_the_demo()
+    if missing:
+        click.echo(
+            "The demo runs real LangChain agents, and this Python cannot import what that takes:\n"
+            + "".join(f"  {name}: {why}\n" for name, why in missing)
+            + "Install it, in the folder of ClevAgent's repository, with\n"
+            '  pip install ".[demo]"\n'
+            "ClevAgent itself needs none of it.",
+            err=True,
+        )
+        sys.exit(_NOT_DONE)
+    from clevagent.demo.report import perform  # noqa: PLC0415 - not needed for --help
+    from clevagent.demo.results import exit_code  # noqa: PLC0415 - as above
+
+    sys.exit(exit_code(perform()))
+
+
+def _missing_for_the_demo() -> list[tuple[str, str]]:
+    missing = []
+    for name in _DEMO_NEEDS:
+        try:
+            import_module(name)
+        except ImportError as error:
+            missing.append((name, str(error)))
+    return missing

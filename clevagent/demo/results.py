@@ -1,0 +1,64 @@
+"""What a scene of the demo came to, and how it is judged. Amounts are pico-USD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["held", "PASSED", "DISAGREES", "NOTHING SENT"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """What the provider received, and what it bills for that."""
+
+    billed_pico: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneResult:
+    """One scene, played twice: without a guard, and guarded by its ceiling."""
+
+    title: str
+    ceiling_pico: int
+    tells_usage: bool
+    """Whether the provider tells what each call used; if not, the ledger charges what a call can cost at most."""
+    unguarded: Bill
+    guarded: Bill
+    ledger_pico: int
+    """What the guard's own account says that the guarded scene has spent."""
+    refused: int
+    """Requests of the guarded scene that were refused before they were sent, each repetition counted."""
+
+    @property
+    def overshoot_pico(self) -> int:
+        """How much the provider billed past the ceiling; 0 when it held."""
+        return max(0, self.guarded.billed_pico - self.ceiling_pico)
+
+    @property
+    def unguarded_share(self) -> float:
+        """How many times the ceiling was billed without a guard."""
+        return self.unguarded.billed_pico / self.ceiling_pico
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the ledger agrees with the bill: equal where usage is told; else never below it, nor above the ceiling."""
+        if self.tells_usage:
+            return self.ledger_pico == self.guarded.billed_pico
+        return self.guarded.billed_pico <= self.ledger_pico <= self.ceiling_pico
+
+    @property
+    def verdict(self) -> Verdict:
+        """The scene in a word. To refuse everything is no way to hold a ceiling."""
+        if self.overshoot_pico:
+            return "PASSED"
+        if not self.agrees:
+            return "DISAGREES"
+        return "held" if self.guarded.requests else "NOTHING SENT"
+
+
+def exit_code(results: Iterable[SceneResult]) -> int:
+    """Give 0 if every ceiling held and every ledger agrees with the bill, else 1."""
+    return 0 if all(result.verdict == "held" for result in results) else 1

@@ -1,0 +1,484 @@
+"""The promise, through the public door: whatever is called, in whatever order, no ceiling is passed by what was really used."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from clevagent.testing.clock import FakeClock
+from clevagent_core.accounts import accounts_of
+from clevagent_core.budgets import UNITS, Budget
+from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
+from clevagent_core.clock import utc
+from clevagent_core.errors import BudgetBusy, BudgetExceeded
+from clevagent_core.money import to_pico
+from clevagent_core.pricing import Price
+from clevagent_core.runs import Run, RunSummary, Ticket
+from clevagent_core.watchdog import Watchdog
+
+PRICES = {
+    "m": Price(input=1, output=2, context_window=500),
+    "n": Price(input=3, output=15, cache_read="0.3", cache_write="3.75"),
+}
+RATES = {"m": (1_000_000, 2_000_000, 1_000_000, 1_000_000), "n": (3_000_000, 15_000_000, 300_000, 3_750_000)}
+"""The same in pico-USD a token, so that costs are worked out a second time: input, output, cache read, cache write."""
+ASSUMED = 40
+WINDOW = {"run": "", "thread": "", "lifetime": "", "hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "month": "%Y-%m"}
+
+Key = tuple[str, int, str, str]
+"""How the model finds an account: the budget's name, the unit, whose it is, the window."""
+
+
+@pytest.fixture(autouse=True)
+def _hush() -> Iterator[None]:
+    logger = logging.getLogger("clevagent")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
+
+
+def pico_cost(model: str, usage: Usage) -> int:
+    plain, output, read, write = RATES[model]
+    uncached = usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens
+    return (
+        uncached * plain
+        + usage.cache_read_tokens * read
+        + usage.cache_write_tokens * write
+        + usage.output_tokens * output
+    )
+
+
+def in_unit(amount: float, unit: str) -> int:
+    return round(amount * 10**12) if unit == "usd" else round(amount)
+
+
+LIMITS = st.fixed_dictionaries(
+    {},
+    optional={
+        "usd": st.integers(50, 4000).map(lambda micro: f"{micro / 10**6:f}"),
+        "tokens": st.integers(60, 2000),
+        "input_tokens": st.integers(60, 1500),
+        "output_tokens": st.integers(20, 900),
+        "llm_calls": st.integers(1, 8),
+        "tool_calls": st.integers(1, 4),
+    },
+).filter(bool)
+
+
+@st.composite
+def budgets(draw: st.DrawFn, level: str) -> list[Budget]:
+    made = []
+    for number in range(draw(st.integers(0, 3))):
+        limits: dict[str, Any] = draw(LIMITS)
+        if "usd" in limits and draw(st.booleans()):
+            limits["keep_usd"] = f"{float(limits['usd']) / draw(st.integers(2, 5)):f}"
+        made.append(
+            Budget(
+                **limits,
+                name=f"{level} {number}",
+                per=draw(st.sampled_from(["run", "run", "hour", "day", "month", "lifetime", "thread"])),
+                by=draw(st.sampled_from([None, None, "tenant"])),
+                node=draw(st.sampled_from([None, None, None, "a*"])),
+                model=draw(st.sampled_from([None, None, None, "m"])),
+                tool=draw(st.sampled_from([None, None, None, None, "search"])),
+                on_exceed=draw(st.sampled_from(["raise", "raise", "raise", "warn"])),
+            )
+        )
+    return made
+
+
+@dataclass(eq=False)
+class Conversation:
+    """A provider's view of a history: each message has its own number of tokens, and the request a few more."""
+
+    overhead: int
+    items: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Sent:
+    """One call that was let through, and what the model knows of it."""
+
+    ticket: Ticket
+    run: Run
+    keys: list[Key]
+    bound: tuple[int, ...]
+    """What is held on every account; zeros where no budget covers it."""
+    most_input: int
+    most_output: int
+    state: str = "open"
+    amounts: tuple[int, ...] = (0,) * 6
+    """What it counts with, once it has ended."""
+    cost: int = 0
+
+
+INDEX = st.integers(0, 10**6)
+SHARE = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
+
+
+class CeilingsMachine(RuleBasedStateMachine):
+    """An agent that does anything, a provider that bills anything up to what the request allows, and a calendar."""
+
+    @initialize(given_budgets=budgets("agent"))
+    def begin(self, given_budgets: list[Budget]) -> None:
+        self.clock = FakeClock()
+        self.watchdog = Watchdog(
+            clock=self.clock, prices=PRICES, budgets=given_budgets, wait_s=0, hold_s=1e9, assume_output_tokens=ASSUMED
+        )
+        self.runs: list[Run] = [self.watchdog.process_run]
+        self.sent: list[Sent] = []
+        self.conversations = [Conversation(overhead=3), Conversation(overhead=16)]
+        self.raised: dict[Key, int] = {}
+        self.latched: set[Key] = set()
+        self.ceilings: dict[Key, tuple[int, int, bool]] = {}
+        """Of each account: the ceiling as given, what is kept of it, whether it is enforced."""
+        self.refusals: dict[Run, int] = {}
+        self.started = 0
+
+    def teardown(self) -> None:
+        if not hasattr(self, "watchdog"):
+            return
+        for run in self.runs:
+            self._end(run)
+        self.watchdog.shutdown()
+        assert self.watchdog.ledger.holds() == []
+        self.everything_is_as_predicted()
+
+    # -- the model --------------------------------------------------------------------------------------------------------
+
+    def _keys(self, run: Run, call: Call, only: Budget | None = None) -> list[Key]:
+        """Every account that a call counts against, found without the code under test."""
+        found: dict[Key, None] = {}
+        anchors: list[tuple[Budget, Run]] = []
+        current: Run | None = run
+        while current is not None:
+            anchors += [(budget, current) for budget in current.budgets]
+            current = current.parent
+        anchors += [(budget, run.root) for budget in self.watchdog.settings.budgets]
+        for budget, anchor in anchors:
+            model = call.model if isinstance(call, LLMCall) else None
+            is_covered = (
+                (budget.node is None or (call.node or "").startswith("a"))
+                and budget.model in {None, model}
+                and budget.tool in {None, call.tool}
+            )
+            if only is not None and (budget is not only):
+                continue
+            if not is_covered and only is None:
+                continue
+            whose = {"run": anchor.run_id, "thread": call.thread_id or run.tags.get("thread_id") or anchor.run_id}.get(budget.per)
+            tag = f"tenant={run.tags.get('tenant', '')}" if budget.by else None
+            name = " ".join(filter(None, (whose, tag))) or "all"
+            window = utc(self.clock.wall()).strftime(WINDOW[budget.per])
+            for unit, limit in ((unit, getattr(budget, unit)) for unit in UNITS if getattr(budget, unit) is not None):
+                key = (budget.label, UNITS.index(unit), name, window)
+                ceiling = to_pico(limit, what="usd") if unit == "usd" else limit
+                keep = to_pico(budget.keep_usd, what="keep_usd") if unit == "usd" else 0
+                self.ceilings[key] = (ceiling, keep, budget.on_exceed == "raise")
+                found[key] = None
+        return list(found)
+
+    def _balance(self, key: Key) -> tuple[int, int, int]:
+        """Spent, held and ceiling, from what was sent."""
+        mine = [sent for sent in self.sent if key in sent.keys]
+        spent = sum(sent.amounts[key[1]] for sent in mine if sent.state in {"settled", "charged"})
+        held = sum(sent.bound[key[1]] for sent in mine if sent.state == "open")
+        return spent, held, self.ceilings[key][0] + self.raised.get(key, 0)
+
+    # -- runs and time ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.runs) < 8)
+    @rule(
+        data=st.data(),
+        around=INDEX,
+        is_nested=st.booleans(),
+        tags=st.sampled_from([{}, {"tenant": "x"}, {"tenant": "y"}, {"tenant": "x", "thread_id": "t"}]),
+    )
+    def start_run(self, data: st.DataObject, around: int, tags: dict[str, str], *, is_nested: bool) -> None:
+        self.started += 1
+        parents = [run for run in self.runs if run.ended_at is None]
+        parent = parents[around % len(parents)] if is_nested and parents else None
+        given_budgets = data.draw(budgets(f"run {self.started}"))
+        self.runs.append(self.watchdog.start_run(budgets=given_budgets, tags=tags, parent=parent))
+
+    @precondition(lambda self: len(self.runs) > 1)
+    @rule(index=INDEX)
+    def end_run(self, index: int) -> None:
+        self._end(self.runs[1 + index % (len(self.runs) - 1)])
+
+    def _end(self, run: Run) -> None:
+        """What is in flight is charged, and nothing of the run is held any more."""
+        was_over = run.ended_at is not None
+        run.end()
+        if not was_over:
+            for sent in self.sent:
+                if sent.run is run and sent.state == "open":
+                    self._charged(sent)
+            assert not [hold for hold in self.watchdog.ledger.holds() if hold.owner.run is run]  # type: ignore[attr-defined]
+
+    @rule(later=st.sampled_from([timedelta(seconds=1), timedelta(minutes=59), timedelta(hours=1), timedelta(hours=23), timedelta(days=20)]))
+    def time_passes(self, later: timedelta) -> None:
+        self.clock.advance(later.total_seconds())
+
+    @rule(index=INDEX, amount=st.integers(1, 500))
+    def top_up(self, index: int, amount: int) -> None:
+        run = self.runs[index % len(self.runs)]
+        for budget in run.budgets:
+            for unit in ("usd", "tokens", "llm_calls", "tool_calls"):
+                if getattr(budget, unit) is None:
+                    continue
+                value: Any = f"{amount / 10**6:f}" if unit == "usd" else amount
+                run.top_up(**{unit: value}, budget=budget.label)
+                key = next(key for key in self._keys(run, ToolCall(tool=""), only=budget) if UNITS[key[1]] == unit)
+                self.raised[key] = self.raised.get(key, 0) + (amount * 10**6 if unit == "usd" else amount)
+                self.latched.discard(key)
+                return
+
+    # -- calls ------------------------------------------------------------------------------------------------------------
+
+    @rule(
+        where=INDEX,
+        talk=st.integers(0, 1),
+        said=st.integers(0, 60),
+        real=SHARE,
+        goes_on=st.booleans(),
+        model=st.sampled_from(["m", "n"]),
+        limit=st.sampled_from([None, 1, 20, 100, 400]),
+        floor=st.sampled_from([1, 10, 50]),
+        clamp=st.booleans(),
+        answers=st.sampled_from([1, 1, 2, 3]),
+        opaque=st.sampled_from([False, False, False, True]),
+        node=st.sampled_from([None, "a1", "b"]),
+        tool=st.sampled_from([None, None, "search"]),
+        thread_id=st.sampled_from([None, "t", "u"]),
+        wrap_up=st.sampled_from([False, False, False, True]),
+    )
+    def call_model(
+        self,
+        where: int,
+        talk: int,
+        said: int,
+        real: float,
+        model: str,
+        limit: int | None,
+        floor: int,
+        answers: int,
+        node: str | None,
+        tool: str | None,
+        thread_id: str | None,
+        *,
+        goes_on: bool,
+        clamp: bool,
+        opaque: bool,
+        wrap_up: bool,
+    ) -> None:
+        conversation = self.conversations[talk]
+        if conversation.items and not goes_on:
+            conversation.items, conversation.tokens = conversation.items[:1], conversation.tokens[:1]
+        text = f"{len(self.sent)} {'x' * said}"
+        items = [*conversation.items, text]
+        tokens = [*conversation.tokens, round(real * (len(text) + 8))]
+        call = LLMCall(
+            model=model,
+            input=items,
+            max_output_tokens=limit,
+            min_output_tokens=floor,
+            clamp=clamp,
+            answers=answers,
+            opaque=opaque,
+            context_window=300 if opaque else None,
+            node=node,
+            tool=tool,
+            thread_id=thread_id,
+        )
+        run = self.runs[where % len(self.runs)]
+        sent = self._open(run, call, wrap_up=wrap_up)
+        if sent is None:
+            return
+        granted = sent.ticket.max_output_tokens
+        sent.most_input = 300 if opaque else conversation.overhead + sum(tokens)
+        # A provider keeps to the limit that it is sent. Where none can be sent, the assumption is all there is.
+        sent.most_output = answers * (granted if granted is not None else ASSUMED)
+        if not opaque:
+            conversation.items, conversation.tokens = items, tokens
+        if clamp and granted is not None:
+            assert granted >= (floor if limit is None else min(limit, floor))
+        if limit is not None:
+            assert granted is not None
+            assert granted <= limit
+            assert clamp or granted == limit
+            assert sent.ticket.is_clamped == (granted < limit)
+
+    @rule(
+        where=INDEX,
+        tool=st.sampled_from(["search", "write"]),
+        node=st.sampled_from([None, "a1", "b"]),
+        wrap_up=st.sampled_from([False, False, False, True]),
+    )
+    def call_tool(self, where: int, tool: str, node: str | None, *, wrap_up: bool) -> None:
+        self._open(self.runs[where % len(self.runs)], ToolCall(tool=tool, node=node), wrap_up=wrap_up)
+
+    def _open(self, run: Run, call: Call, *, wrap_up: bool) -> Sent | None:
+        keys = self._keys(run, call)
+        try:
+            if wrap_up:
+                with run.wrap_up():
+                    ticket = run.open(call)
+            else:
+                ticket = run.open(call)
+        except BudgetExceeded as error:
+            self._refused(run, keys, error, wrap_up=wrap_up)
+            return None
+        enforced = [key for key in keys if self.ceilings[key][2]]
+        assert wrap_up or not self.latched.intersection(enforced)
+        held = [hold for hold in self.watchdog.ledger.holds() if hold.owner is ticket]
+        bound = tuple(held[0].amounts) if held else (0,) * 6
+        assert len(held) == (1 if keys else 0)
+        sent = Sent(ticket, run, keys, bound, 0, 0)
+        self.sent.append(sent)
+        for key in enforced:
+            spent, held_now, ceiling = self._balance(key)
+            if bound[key[1]]:
+                assert spent + held_now <= ceiling - (0 if wrap_up else self.ceilings[key][1])
+        return sent
+
+    def _refused(self, run: Run, keys: list[Key], error: BudgetExceeded, *, wrap_up: bool) -> None:
+        """Only for want of room, or after such a refusal; and only by a budget that covers the call and does more than warn."""
+        incident = error.incident
+        key = (incident.budget, UNITS.index(incident.unit), incident.key, incident.window)  # type: ignore[arg-type]
+        assert key in keys
+        ceiling_given, keep, is_enforced = self.ceilings[key]  # type: ignore[index]
+        assert is_enforced
+        spent, held, ceiling = self._balance(key)  # type: ignore[arg-type]
+        room = ceiling - (0 if wrap_up else keep)
+        assert ceiling_given <= ceiling
+        assert in_unit(error.spent, incident.unit) == spent  # type: ignore[arg-type]
+        assert in_unit(error.held, incident.unit) == held  # type: ignore[arg-type]
+        needed = in_unit(error.needed, incident.unit)  # type: ignore[arg-type]
+        if isinstance(error, BudgetBusy):
+            assert key not in self.latched or wrap_up
+            assert spent + needed <= room < spent + held + needed
+        else:
+            assert (key in self.latched and not wrap_up) or spent + needed > room
+            self.latched.add(key)  # type: ignore[arg-type]
+        current: Run | None = run
+        while current is not None:
+            self.refusals[current] = self.refusals.get(current, 0) + 1
+            current = current.parent
+
+    # -- what becomes of calls --------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.sent)
+    @rule(index=INDEX, input_share=SHARE, output_share=SHARE, read=SHARE, write=SHARE)
+    def settle(self, index: int, input_share: float, output_share: float, read: float, write: float) -> None:
+        """Also late, after it was charged; a second time, or after a release, it counts for nothing."""
+        sent = self.sent[index % len(self.sent)]
+        call = sent.ticket.call
+        if isinstance(call, ToolCall):
+            sent.ticket.settle()
+            if sent.state in {"open", "charged"}:
+                sent.state, sent.amounts = "settled", (0, 0, 0, 0, 0, 1)
+            return
+        # A history has the tokens it has; what nobody can count from its text may have any number.
+        tokens = round(input_share * sent.most_input) if call.opaque else sent.most_input
+        cache_read = round(read * tokens)
+        usage = Usage(
+            input_tokens=tokens,
+            output_tokens=round(output_share * sent.most_output),
+            cache_read_tokens=cache_read,
+            cache_write_tokens=round(write * (tokens - cache_read)),
+        )
+        sent.ticket.settle(usage)
+        if sent.state in {"open", "charged"}:
+            sent.cost = pico_cost(call.model, usage)
+            sent.state = "settled"
+            both = usage.input_tokens + usage.output_tokens
+            sent.amounts = (sent.cost, both, usage.input_tokens, usage.output_tokens, 1, 0)
+            if sent.keys and not (call.max_output_tokens is None and call.clamp):
+                assert all(used <= bound for used, bound in zip(sent.amounts, sent.bound, strict=True))
+
+    @precondition(lambda self: self.sent)
+    @rule(index=INDEX, how=st.sampled_from(["release", "fail", "charge", "fail sent", "settle without usage"]))
+    def end_call(self, index: int, how: str) -> None:
+        sent = self.sent[index % len(self.sent)]
+        error = ConnectionError("lost")
+        if how == "release":
+            sent.ticket.release()
+        elif how == "charge":
+            sent.ticket.charge()
+        elif how == "settle without usage":
+            if isinstance(sent.ticket.call, ToolCall):
+                return
+            sent.ticket.settle()
+        else:
+            sent.ticket.fail(error, sent=how == "fail sent")
+        if sent.state != "open":
+            return
+        if how in {"release", "fail"}:
+            sent.state = "released"
+        else:
+            self._charged(sent)
+
+    def _charged(self, sent: Sent) -> None:
+        sent.state, sent.amounts, sent.cost = "charged", sent.bound, sent.bound[0]
+
+    # -- what always holds ------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def everything_is_as_predicted(self) -> None:
+        for run in self.runs:
+            summary = run.summary()
+            self._check_totals(run, summary)
+            for state in summary.budgets:
+                key = (state.budget, UNITS.index(state.unit), state.key, state.window)
+                spent, held, ceiling = self._balance(key)
+                assert in_unit(state.spent, state.unit) == spent
+                assert in_unit(state.held, state.unit) == held
+                assert in_unit(state.ceiling, state.unit) == ceiling
+                assert state.latched == (key in self.latched)
+                if self.ceilings[key][2]:
+                    assert spent + held <= ceiling
+                    assert state.overshoot == 0
+
+    def _check_totals(self, run: Run, summary: RunSummary) -> None:
+        """What it used itself, and what runs nested in it used."""
+        mine = [sent for sent in self.sent if run in set(chain(sent.run)) and sent.state in {"settled", "charged"}]
+        model_calls = [sent for sent in mine if isinstance(sent.ticket.call, LLMCall)]
+        used = [sent for sent in model_calls if sent.state == "settled"]
+        total = summary.total
+        assert total.calls == len(model_calls)
+        assert in_unit(total.cost_usd, "usd") == sum(sent.cost for sent in model_calls)
+        assert total.input_tokens == sum(sent.amounts[2] for sent in used)
+        assert total.output_tokens == sum(sent.amounts[3] for sent in used)
+        assert summary.tool_calls == len(mine) - len(model_calls)
+        assert summary.calls_charged_at_bound == sum(sent.state == "charged" for sent in mine)
+        assert summary.clamped_calls == sum(sent.ticket.is_clamped for sent in mine)
+        assert summary.refusals == self.refusals.get(run, 0)
+        assert sum(spend.calls for spend in summary.by_model.values()) == total.calls
+        assert sum(in_unit(spend.cost_usd, "usd") for spend in summary.by_model.values()) == in_unit(total.cost_usd, "usd")
+
+
+def chain(run: Run) -> Iterator[Run]:
+    current: Run | None = run
+    while current is not None:
+        yield current
+        current = current.parent
+
+
+def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
+    run_state_machine_as_test(
+        CeilingsMachine,
+        settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)),
+    )
