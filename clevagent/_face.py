@@ -17,7 +17,7 @@ from clevagent_core.watchdog import RunBlock, Watchdog
 T = TypeVar("T")
 
 
-def init(**settings: Any) -> Watchdog:  # noqa: ANN401 - Settings has the types
+def init(**settings: Any) -> Watchdog:
     """Start the watchdog of this process. Call it once, before anything is guarded.
 
     Reads ``CLEVAGENT_*`` from the environment (arguments go before it), loads the plugins that are installed, and loads the

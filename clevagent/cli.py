@@ -102,7 +102,7 @@ def _plugin_table(states: Sequence[PluginState]) -> Table:
 
 @main.command("demo")
 def demo_command() -> None:
-    """See four ceilings hold, and what the same work costs without them.
+    """See four ceilings hold, and what happens without them.
 
     Real LangChain agents and OpenAI's real client, against a provider on this machine that keeps the bill: no key, no account,
     no network, no cost. Takes some ten seconds. The exit code is 0 if every ceiling held and every ledger agrees with the bill.

@@ -9,8 +9,10 @@ turns, bound / real falls from 5.7 to 1.31 for English and from 3.3 to 1.14 for 
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import unicodedata
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -122,6 +124,7 @@ class CalibratedBounds:
         """Nothing is known yet."""
         self._lock = threading.Lock()
         self._known: OrderedDict[int, _Conversation] = OrderedDict()
+        _all.add(self)
 
     @hookimpl
     def clevagent_bound(self, call: LLMCall) -> int | None:
@@ -173,6 +176,18 @@ class CalibratedBounds:
             if known is not None and known.begins(call):
                 return known
         return None
+
+
+_all: weakref.WeakSet[CalibratedBounds] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The parent may have held the lock.
+    for bounds in list(_all):
+        bounds._lock = threading.Lock()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _key(model: str, first: Sequence[object]) -> int:

@@ -16,7 +16,7 @@ _watchdog: Watchdog | None = None
 _is_implicit = False
 
 
-def init(**settings: Any) -> Watchdog:  # noqa: ANN401 - Settings has the types
+def init(**settings: Any) -> Watchdog:
     """Start the process's watchdog: see ``clevagent.init``."""
     global _watchdog, _is_implicit  # noqa: PLW0603 - one per process is what this module is for
     with _lock:
@@ -64,7 +64,8 @@ def shutdown() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 - the parent may have held it
+    # The parent may have held it.
+    global _lock  # noqa: PLW0603 - one per process is what this module is for
     _lock = threading.RLock()
 
 

@@ -25,6 +25,14 @@ class IncidentTeller:
         """Deliver by ``deliver``, which may block but does not raise."""
         self._deliver = deliver
         self._clock = clock
+        self._lock: threading.Lock
+        self._queue: deque[Incident]
+        self._wake: threading.Event
+        self._idle: threading.Event
+        self._thread: threading.Thread | None
+        self._stopping: bool
+        self.dropped: int
+        """How many incidents did not fit the queue."""
         self._reset()
         _tellers.add(self)
 
@@ -68,11 +76,11 @@ class IncidentTeller:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._queue: deque[Incident] = deque()
+        self._queue = deque()
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
-        self._thread: threading.Thread | None = None
+        self._thread = None
         self._stopping = False
         self.dropped = 0
 

@@ -209,7 +209,7 @@ class Plugins:
         """Ask for the bound of a call's input; a provider that fails counts as one that cannot tell."""
         for provider in self._bounds:
             try:
-                bound = provider(call)
+                bound: int | None = provider(call)
             except Exception:  # whose code: a plugin's; the context window then stands for the bound
                 logger.exception("A provider of bounds failed; the call counts as the model's whole context window.")
                 continue
@@ -281,7 +281,7 @@ class Plugins:
             except Exception:  # whose code: a plugin's; observers fail open, and one never silences the next
                 logger.exception("The plugin %r failed in %s and was passed over.", implementation.plugin_name, hook)
 
-    def _first(self, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - the specification has the type
+    def _first(self, hook: str, **arguments: object) -> Any:
         for implementation in self._implementations(hook):
             try:
                 answer = _call(implementation, **arguments)
@@ -293,5 +293,5 @@ class Plugins:
         return None
 
 
-def _call(implementation: pluggy.HookImpl, **arguments: object) -> Any:  # noqa: ANN401 - the specification has the type
+def _call(implementation: pluggy.HookImpl, **arguments: object) -> Any:
     return implementation.function(*(arguments[name] for name in implementation.argnames))

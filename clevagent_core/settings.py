@@ -20,7 +20,7 @@ Estimate = Literal["upper", "expected"]
 UnknownPrice = Literal["refuse", "allow"]
 
 
-def _setting(default: Any, read: Callable[[str], Any] | None = None, *, factory: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - the field has the type
+def _setting(default: Any, read: Callable[[str], Any] | None = None, *, factory: Callable[[], Any] | None = None) -> Any:
     metadata = {"read": read}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)

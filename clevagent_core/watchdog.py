@@ -41,7 +41,7 @@ class Watchdog:
     Safe to use from any thread and any event loop.
     """
 
-    def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:  # noqa: ANN401 - Settings has the types
+    def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:
         """Resolve the settings, load the plugins, open the ledger.
 
         Args:
@@ -335,7 +335,7 @@ class RunBlock:
         if iscoroutinefunction(function):
 
             @wraps(function)
-            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401 - as the function
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with self:
                     return await function(*args, **kwargs)
 

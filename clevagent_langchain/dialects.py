@@ -87,19 +87,19 @@ class Dialect:
             return kwargs
         return self.set_limit(model, kwargs, limit)
 
-    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """Put ``limit`` where this provider reads it, and take every other limit out of the way."""
         return kwargs
 
-    def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+    def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the call's keywords so that a stream tells its usage."""
         return kwargs
 
-    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:  # noqa: ARG002 - for subclasses
+    def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
         """Switch the SDK's retries off in ``copy``; tell how many there were."""
         return 0
 
-    def _asked(self, model: BaseChatModel, limit: int | None) -> int | None:  # noqa: ARG002 - for subclasses
+    def _asked(self, model: BaseChatModel, limit: int | None) -> int | None:
         """Tell which limit the user asked for, given the one that would be sent."""
         return limit
 
@@ -186,7 +186,7 @@ class KeywordDialect(Dialect):
         self._key = key
         self.provider = provider
 
-    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:  # noqa: ARG002 - as the base
+    def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`."""
         return {**_without_limits(kwargs, None), self._key: limit}
 

@@ -28,7 +28,6 @@ from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.errors import UsageError
 from clevagent_core.runs import Run, Ticket
-from clevagent_langchain import requests
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import is_transient, may_be_billed, wait_before_retry
 from clevagent_langchain.usage import UnusableUsage, add, from_error, from_llm_output, from_metadata
@@ -74,7 +73,8 @@ def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget
     if isinstance(obj, BaseChatModel):
         return obj if _GUARD in (obj.__pydantic_private__ or {}) and not budgets else _guarded(obj, watchdog, tuple(budgets))
     if isinstance(obj, RunnableBinding) and isinstance(obj.bound, BaseChatModel):
-        return _guard_fallbacks_of(obj.model_copy(update={"bound": guard_model(obj.bound, watchdog, budgets)}))
+        guarded: object = _guard_fallbacks_of(obj.model_copy(update={"bound": guard_model(obj.bound, watchdog, budgets)}))
+        return guarded
     if isinstance(obj, RunnableWithFallbacks):
         runnable = guard_model(obj.runnable, watchdog, budgets)
         fallbacks = [guard_model(fallback, watchdog, budgets) for fallback in obj.fallbacks]
@@ -131,13 +131,18 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "_stream_chat_model_events": None,
         "_astream_chat_model_events": None,
     }
-    for name, method in (("_agenerate", _agenerate), ("_stream", _stream), ("_astream", _astream)):
-        if getattr(base, name) is not getattr(BaseChatModel, name):
-            body[name] = method
+    methods = {"_agenerate": _agenerate, "_stream": _stream, "_astream": _astream}
+    body |= {name: method for name, method in methods.items() if getattr(base, name) is not getattr(BaseChatModel, name)}
     for name in ("_stream_chat_model_events", "_astream_chat_model_events"):
         if getattr(base, name, None) is None:
             del body[name]
-    return type(base)(base.__name__, (base,), body)
+    return cast("type[BaseChatModel]", _subclass(base, body))
+
+
+def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
+    metaclass: Any = type(base)
+    made: type[Any] = metaclass(base.__name__, (base,), body)
+    return made
 
 
 def _state(model: BaseChatModel) -> _Guard:
@@ -451,7 +456,7 @@ def _binding_class(base: type[RunnableBinding[Any, Any]]) -> type[RunnableBindin
         "_clevagent_guards_fallbacks": True,
         "__annotations__": {"_clevagent_guards_fallbacks": "ClassVar[bool]"},
     }
-    return cast("type[RunnableBinding[Any, Any]]", type(base)(base.__name__, (base,), body))
+    return _subclass(base, body)
 
 
 def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:

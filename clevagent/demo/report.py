@@ -60,7 +60,7 @@ class Stage:
 
     def scene_begins(self, number: int, scene: Scene) -> None:
         """Tell a scene's story."""
-        _say(self._console, f"{number}/{len(SCENES)}  {scene.title}, ceiling {_cents(scene.ceiling_pico)}", style="bold")
+        _say(self._console, f"\n{number}/{len(SCENES)}  {scene.title}, ceiling {_cents(scene.ceiling_pico)}", style="bold")
         _say_indented(self._console, scene.story)
 
     def act_begins(self, scene: Scene, provider: LoopbackProvider, *, is_guarded: bool) -> None:
@@ -70,7 +70,7 @@ class Stage:
 
         def now() -> str:
             billed = provider.billed_pico
-            return f"     {how:<11}{_money(billed)} billed, {_share(billed, ceiling)} of the ceiling; {provider.request_count} sent"
+            return f"     {how:<11}{_money(billed)} billed, {_against(billed, ceiling)}; {provider.request_count} sent"
 
         self._now = now
 
@@ -114,13 +114,13 @@ def result_table(results: Sequence[SceneResult]) -> Table:
         ("Without a guard", lambda _: ""),
         ("  requests sent", lambda result: str(result.unguarded.requests)),
         ("  billed", lambda result: _money(result.unguarded.billed_pico)),
-        ("  of the ceiling", lambda result: _share(result.unguarded.billed_pico, result.ceiling_pico)),
+        ("  ceiling used", lambda result: _share(result.unguarded.billed_pico, result.ceiling_pico)),
         ("Guarded", lambda _: ""),
         ("  requests sent", lambda result: str(result.guarded.requests)),
         ("  requests refused", lambda result: str(result.refused)),
         ("  billed", lambda result: _money(result.guarded.billed_pico)),
-        ("  of the ceiling", lambda result: _share(result.guarded.billed_pico, result.ceiling_pico)),
-        ("  past the ceiling", lambda result: _money(result.overshoot_pico)),
+        ("  ceiling used", lambda result: _share(result.guarded.billed_pico, result.ceiling_pico)),
+        ("  overshoot", lambda result: _money(result.overshoot_pico)),
         ("  ledger says", lambda result: _money(result.ledger_pico)),
         ("  usage was told", lambda result: "yes" if result.tells_usage else "no"),
         ("  ledger agrees", lambda result: "yes" if result.agrees else "NO"),
@@ -128,7 +128,7 @@ def result_table(results: Sequence[SceneResult]) -> Table:
     for name, cell in rows:
         table.add_row(Text(name, style="" if name.startswith(" ") else "bold"), *map(cell, results))
     table.add_section()
-    table.add_row(Text("The ceiling", style="bold"), *map(_verdict, results))
+    table.add_row(Text("Verdict", style="bold"), *map(_verdict, results))
     return table
 
 
@@ -148,7 +148,8 @@ def explanations(results: Sequence[SceneResult]) -> list[str]:
     refused = sum(result.refused for result in results)
     seen = (
         f"Unguarded, this work cost {_cents(without)} and passed its ceilings up to {most:.1f} times over. Guarded, it cost "
-        f"{_cents(guarded)} and passed none: what fitted was let through, and {refused} requests were refused before they were sent.\n"
+        f"{_cents(guarded)} and passed none: {refused} requests were refused before they were sent. What fitted was let through; a "
+        "little stays unused, because a call is refused if the most that it can cost does not fit.\n"
     )
     return [means, seen]
 
@@ -174,6 +175,11 @@ def _say(console: Console, line: str, style: str = "") -> None:
 
 def _say_indented(console: Console, lines: str) -> None:
     console.print(Padding(Text(lines), _INDENT, expand=False))
+
+
+def _against(pico: int, ceiling_pico: int) -> str:
+    share = _share(pico, ceiling_pico)
+    return f"{share} {'the' if pico > ceiling_pico else 'of the'} ceiling"
 
 
 def _share(pico: int, ceiling_pico: int) -> str:

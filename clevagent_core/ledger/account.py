@@ -132,7 +132,7 @@ class Hold:
 class Changes:
     """Tells those who wait that held money has come back. Safe to use from any thread."""
 
-    __slots__ = ("_lock", "_listeners")
+    __slots__ = ("_listeners", "_lock")
 
     def __init__(self) -> None:
         """Nobody listens yet."""

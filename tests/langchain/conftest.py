@@ -23,6 +23,8 @@ Aio = Callable[[Awaitable[Any]], Any]
 def pytest_configure(config: pytest.Config) -> None:
     # LangChain makes the coroutines for handlers that do not run inline first, and drops them when an inline one raises.
     config.addinivalue_line("filterwarnings", "ignore:coroutine 'ahandle_event' was never awaited:RuntimeWarning")
+    # The models' async clients are not closed by anybody: LangChain keeps them in a cache of its own.
+    config.addinivalue_line("filterwarnings", "ignore:unclosed (transport|<socket):ResourceWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -157,6 +157,8 @@ def passes_once_then_refuses(aio, provider, way, target, text, config):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("target", [plain, chain])
 def test_every_way_to_call_passes_once_and_is_then_refused(aio, provider, chat, watchdog, way, target):
+    if target is chain and way in (astream_events_v3, stream_events_v3):
+        pytest.skip("LangChain has v3 events for models and graphs only")
     handler = ClevAgentCallbackHandler(watchdog=watchdog(budgets=[ONE]))
     text = {"text": "Hello"} if target is chain else "Hello"
     passes_once_then_refuses(aio, provider, way, target(chat(max_tokens=9)), text, {"callbacks": [handler]})

@@ -142,14 +142,18 @@ class CeilingsMachine(RuleBasedStateMachine):
         self.conversations = [Conversation(overhead=3), Conversation(overhead=16)]
         self.raised: dict[Key, int] = {}
         self.latched: set[Key] = set()
-        self.ceilings: dict[Key, tuple[int, int, bool]] = {}
-        """Of each account: the ceiling as given, what is kept of it, whether it is enforced."""
+        self.by_name = {budget.label: budget for budget in given_budgets}
         self.refusals: dict[Run, int] = {}
         self.started = 0
 
     def teardown(self) -> None:
         if not hasattr(self, "watchdog"):
             return
+        for sent in self.sent:
+            # What was opened on a run after its end is nobody's to charge but the caller's.
+            if sent.state == "open" and sent.run.ended_at is not None:
+                sent.ticket.charge()
+                self._charged(sent)
         for run in self.runs:
             self._end(run)
         self.watchdog.shutdown()
@@ -182,20 +186,25 @@ class CeilingsMachine(RuleBasedStateMachine):
             tag = f"tenant={run.tags.get('tenant', '')}" if budget.by else None
             name = " ".join(filter(None, (whose, tag))) or "all"
             window = utc(self.clock.wall()).strftime(WINDOW[budget.per])
-            for unit, limit in ((unit, getattr(budget, unit)) for unit in UNITS if getattr(budget, unit) is not None):
+            for unit in (unit for unit in UNITS if getattr(budget, unit) is not None):
                 key = (budget.label, UNITS.index(unit), name, window)
-                ceiling = to_pico(limit, what="usd") if unit == "usd" else limit
-                keep = to_pico(budget.keep_usd, what="keep_usd") if unit == "usd" else 0
-                self.ceilings[key] = (ceiling, keep, budget.on_exceed == "raise")
                 found[key] = None
         return list(found)
+
+    def _keep(self, key: Key) -> int:
+        return to_pico(self.by_name[key[0]].keep_usd, what="keep_usd") if UNITS[key[1]] == "usd" else 0
+
+    def _is_enforced(self, key: Key) -> bool:
+        return self.by_name[key[0]].on_exceed == "raise"
 
     def _balance(self, key: Key) -> tuple[int, int, int]:
         """Spent, held and ceiling, from what was sent."""
         mine = [sent for sent in self.sent if key in sent.keys]
         spent = sum(sent.amounts[key[1]] for sent in mine if sent.state in {"settled", "charged"})
         held = sum(sent.bound[key[1]] for sent in mine if sent.state == "open")
-        return spent, held, self.ceilings[key][0] + self.raised.get(key, 0)
+        limit: Any = getattr(self.by_name[key[0]], UNITS[key[1]])
+        ceiling = to_pico(limit, what="usd") if UNITS[key[1]] == "usd" else limit
+        return spent, held, ceiling + self.raised.get(key, 0)
 
     # -- runs and time ----------------------------------------------------------------------------------------------------
 
@@ -211,6 +220,7 @@ class CeilingsMachine(RuleBasedStateMachine):
         parents = [run for run in self.runs if run.ended_at is None]
         parent = parents[around % len(parents)] if is_nested and parents else None
         given_budgets = data.draw(budgets(f"run {self.started}"))
+        self.by_name |= {budget.label: budget for budget in given_budgets}
         self.runs.append(self.watchdog.start_run(budgets=given_budgets, tags=tags, parent=parent))
 
     @precondition(lambda self: len(self.runs) > 1)
@@ -224,7 +234,8 @@ class CeilingsMachine(RuleBasedStateMachine):
         run.end()
         if not was_over:
             for sent in self.sent:
-                if sent.run is run and sent.state == "open":
+                # Where no budget covers a call nothing is held, and its usage may still come in.
+                if sent.run is run and sent.state == "open" and sent.keys:
                     self._charged(sent)
             assert not [hold for hold in self.watchdog.ledger.holds() if hold.owner.run is run]  # type: ignore[attr-defined]
 
@@ -341,7 +352,7 @@ class CeilingsMachine(RuleBasedStateMachine):
         except BudgetExceeded as error:
             self._refused(run, keys, error, wrap_up=wrap_up)
             return None
-        enforced = [key for key in keys if self.ceilings[key][2]]
+        enforced = [key for key in keys if self._is_enforced(key)]
         assert wrap_up or not self.latched.intersection(enforced)
         held = [hold for hold in self.watchdog.ledger.holds() if hold.owner is ticket]
         bound = tuple(held[0].amounts) if held else (0,) * 6
@@ -351,28 +362,27 @@ class CeilingsMachine(RuleBasedStateMachine):
         for key in enforced:
             spent, held_now, ceiling = self._balance(key)
             if bound[key[1]]:
-                assert spent + held_now <= ceiling - (0 if wrap_up else self.ceilings[key][1])
+                assert spent + held_now <= ceiling - (0 if wrap_up else self._keep(key))
         return sent
 
     def _refused(self, run: Run, keys: list[Key], error: BudgetExceeded, *, wrap_up: bool) -> None:
         """Only for want of room, or after such a refusal; and only by a budget that covers the call and does more than warn."""
         incident = error.incident
-        key = (incident.budget, UNITS.index(incident.unit), incident.key, incident.window)  # type: ignore[arg-type]
+        unit: Any = incident.unit
+        key: Any = (incident.budget, UNITS.index(unit), incident.key, incident.window)
         assert key in keys
-        ceiling_given, keep, is_enforced = self.ceilings[key]  # type: ignore[index]
-        assert is_enforced
-        spent, held, ceiling = self._balance(key)  # type: ignore[arg-type]
-        room = ceiling - (0 if wrap_up else keep)
-        assert ceiling_given <= ceiling
-        assert in_unit(error.spent, incident.unit) == spent  # type: ignore[arg-type]
-        assert in_unit(error.held, incident.unit) == held  # type: ignore[arg-type]
-        needed = in_unit(error.needed, incident.unit)  # type: ignore[arg-type]
+        assert self._is_enforced(key)
+        spent, held, ceiling = self._balance(key)
+        room = ceiling - (0 if wrap_up else self._keep(key))
+        assert in_unit(error.spent, unit) == spent
+        assert in_unit(error.held, unit) == held
+        needed = in_unit(error.needed, unit)
         if isinstance(error, BudgetBusy):
             assert key not in self.latched or wrap_up
             assert spent + needed <= room < spent + held + needed
         else:
             assert (key in self.latched and not wrap_up) or spent + needed > room
-            self.latched.add(key)  # type: ignore[arg-type]
+            self.latched.add(key)
         current: Run | None = run
         while current is not None:
             self.refusals[current] = self.refusals.get(current, 0) + 1
@@ -448,7 +458,7 @@ class CeilingsMachine(RuleBasedStateMachine):
                 assert in_unit(state.held, state.unit) == held
                 assert in_unit(state.ceiling, state.unit) == ceiling
                 assert state.latched == (key in self.latched)
-                if self.ceilings[key][2]:
+                if self._is_enforced(key):
                     assert spent + held <= ceiling
                     assert state.overshoot == 0
 
@@ -482,3 +492,344 @@ def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
         CeilingsMachine,
         settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)),
     )
+
+
+# -- one promise at a time ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def watch(clock: FakeClock, *given_budgets: Budget, **given: Any) -> Watchdog:
+    return Watchdog(clock=clock, prices=PRICES, budgets=given_budgets, **{"wait_s": 0, **given})
+
+
+def ask(limit: int | None = 10, **given: Any) -> LLMCall:
+    return LLMCall(model="m", input=["hello"], max_output_tokens=limit, **given)
+
+
+USED = Usage(input_tokens=5, output_tokens=5)
+
+
+def spent_by_unit(summary: RunSummary) -> dict[str, tuple[float, float]]:
+    return {state.unit: (state.spent, state.held) for state in summary.budgets}
+
+
+def test_what_a_nested_run_uses_counts_for_it_and_for_those_around_it(clock: FakeClock) -> None:
+    watchdog = watch(clock)
+    with watchdog.run(budgets=[Budget(llm_calls=3)]) as outer:
+        with watchdog.run(budgets=[Budget(llm_calls=2)]) as inner:
+            for _ in range(2):
+                inner.open(ask()).settle(USED)
+            with pytest.raises(BudgetExceeded, match="2 llm_calls per run"):
+                inner.open(ask())
+        outer.open(ask()).settle(USED)
+        with watchdog.run(budgets=[Budget(llm_calls=2)]) as inner, pytest.raises(BudgetExceeded, match="3 llm_calls per run"):
+            inner.open(ask())
+    assert (outer.summary().total.calls, outer.summary().refusals) == (3, 2)
+    watchdog.shutdown()
+
+
+def test_one_tenant_at_its_ceiling_stops_no_other(clock: FakeClock) -> None:
+    watchdog = watch(clock, Budget(llm_calls=1, per="day", by="tenant"))
+    for tenant in ("a", "b"):
+        with watchdog.run(tags={"tenant": tenant}) as run:
+            run.open(ask()).settle(USED)
+            with pytest.raises(BudgetExceeded):
+                run.open(ask())
+    with watchdog.run(tags={"tenant": "a"}) as run, pytest.raises(BudgetExceeded):
+        run.open(ask())
+    watchdog.shutdown()
+
+
+def test_a_new_window_has_room_again_exactly_when_it_begins(clock: FakeClock) -> None:
+    """A call that is still in flight then counts for the window it was opened in."""
+    watchdog = watch(clock, Budget(llm_calls=1, per="day"), hold_s=10**6)
+    run = watchdog.process_run
+    in_flight = run.open(ask())
+    clock.advance(24 * 3600 - 1)
+    with pytest.raises(BudgetBusy):
+        run.open(ask())
+    in_flight.release()
+    in_flight = run.open(ask())
+    clock.advance(1)
+    today = run.open(ask())
+    in_flight.settle(USED)
+    today.settle(USED)
+    with pytest.raises(BudgetExceeded):
+        run.open(ask())
+    assert [(state.window, state.spent) for state in run.summary().budgets] == [("2026-01-01", 1), ("2026-01-02", 1)]
+    watchdog.shutdown()
+
+
+def test_what_is_kept_is_for_the_wrap_up_only(clock: FakeClock) -> None:
+    """Also where nothing was refused before it: wrapping up stops nobody else."""
+    watchdog = watch(clock)
+    with watchdog.run(budgets=[Budget(usd="0.0002", keep_usd="0.0001")]) as run:
+        with run.wrap_up():
+            early = run.open(ask(limit=50))
+        assert not run.summary().budgets[0].latched
+        early.release()
+        run.open(ask(limit=20)).settle(Usage(input_tokens=20, output_tokens=20))
+        with pytest.raises(BudgetExceeded):
+            run.open(ask(limit=20))
+        with pytest.raises(BudgetExceeded):
+            run.open(ask(limit=1))
+        with run.wrap_up():
+            run.open(ask(limit=20)).settle(Usage(input_tokens=20, output_tokens=20))
+            with pytest.raises(BudgetExceeded):
+                run.open(ask(limit=400))
+        assert spent_by_unit(run.summary()) == {"usd": (120e-6, 0)}
+    watchdog.shutdown()
+
+
+def test_a_budget_that_only_warns_refuses_nothing_and_tells_once(clock: FakeClock) -> None:
+    watchdog = watch(clock)
+    with watchdog.run(budgets=[Budget(llm_calls=1, on_exceed="warn")]) as run:
+        for _ in range(4):
+            run.open(ask()).settle(USED)
+    assert [(state.spent, state.latched) for state in run.summary().budgets] == [(4, False)]
+    assert [incident.kind for incident in watchdog.recent] == ["budget_warning", "overshoot"]
+    watchdog.shutdown()
+
+
+def test_a_budget_that_only_warns_does_not_let_go_of_an_account_that_another_one_enforces(clock: FakeClock) -> None:
+    """Both have the same name, which is made from limits and scope, so they share an account."""
+    watchdog = watch(clock, Budget(llm_calls=2, per="day"))
+    with watchdog.run(budgets=[Budget(llm_calls=2, per="day", on_exceed="warn")]) as run:
+        run.open(ask()).settle(USED)
+        run.open(ask()).settle(USED)
+        with pytest.raises(BudgetExceeded):
+            run.open(ask())
+    watchdog.shutdown()
+
+
+def test_a_released_call_leaves_no_trace(clock: FakeClock) -> None:
+    watchdog = watch(clock)
+    with watchdog.run(budgets=[Budget(usd=1, tokens=1000, llm_calls=5, output_tokens=100)]) as run:
+        before = run.remaining()
+        first = run.summary()
+        run.open(ask()).release()
+        run.open(ask()).fail(ConnectionError("refused"), sent=False)
+        assert run.remaining() == before
+        assert run.summary() == first
+    watchdog.shutdown()
+
+
+def test_usage_that_comes_late_corrects_what_was_charged(clock: FakeClock) -> None:
+    """In the ledger and in the summaries of every run around; even after the run has ended. A second time it does nothing."""
+    watchdog = watch(clock, Budget(tokens=100_000, per="day"))
+    with watchdog.run() as outer:
+        with watchdog.run(budgets=[Budget(usd=1)]) as run:
+            ticket = run.open(ask())
+        summary = run.summary()
+        bound = summary.total.cost_usd
+        assert (summary.calls_charged_at_bound, summary.total.calls) == (1, 1)
+        assert spent_by_unit(summary)["usd"] == (bound, 0)
+        assert bound > 15e-6
+        ticket.settle(USED)
+        ticket.settle(Usage(input_tokens=10**6))
+        ticket.charge()
+        for summary in (run.summary(), outer.summary()):
+            assert (summary.calls_charged_at_bound, summary.total.calls, summary.total.cost_usd) == (0, 1, 15e-6)
+            assert summary.total.output_tokens == 5
+            assert spent_by_unit(summary) == {"usd": (15e-6, 0), "tokens": (10, 0)}
+    watchdog.shutdown()
+
+
+def test_usage_past_the_bound_is_recorded_told_and_stops_the_next_call(clock: FakeClock) -> None:
+    watchdog = watch(clock)
+    with watchdog.run(budgets=[Budget(usd="0.0001")]) as run:
+        run.open(ask()).settle(Usage(input_tokens=500))
+        assert run.summary().overshoot_usd == pytest.approx(400e-6)
+        assert [incident.kind for incident in watchdog.recent] == ["budget_warning", "overshoot"]
+        with pytest.raises(BudgetExceeded):
+            run.open(ask(limit=1))
+    watchdog.shutdown()
+
+
+@pytest.mark.parametrize("limit", [5000, None])
+@pytest.mark.parametrize("answers", [1, 3])
+def test_a_clamped_call_gets_what_is_left_and_does_not_stop_the_next(clock: FakeClock, limit: int | None, answers: int) -> None:
+    watchdog = watch(clock, assume_output_tokens=5000)
+    with watchdog.run(budgets=[Budget(output_tokens=1000)]) as run:
+        first = run.open(ask(limit, clamp=True, answers=answers))
+        assert first.max_output_tokens == 1000 // answers
+        with pytest.raises(BudgetBusy):
+            run.open(ask(limit, clamp=True))
+        first.settle(Usage(output_tokens=700))
+        second = run.open(ask(limit, clamp=True))
+        assert second.max_output_tokens == 300
+        second.settle(Usage(output_tokens=45))
+        with pytest.raises(BudgetExceeded):
+            run.open(ask(limit, clamp=True))
+        assert run.summary().refusals == 2
+    watchdog.shutdown()
+
+
+def test_a_call_that_nobody_hears_of_again_is_charged_when_its_time_is_over(clock: FakeClock) -> None:
+    watchdog = watch(clock, hold_s=60)
+    with watchdog.run(budgets=[Budget(llm_calls=2)]) as run:
+        run.open(ask())
+        clock.advance(59)
+        run.open(ask()).release()
+        clock.advance(1)
+        watchdog.expire(clock.monotonic())
+        assert spent_by_unit(run.summary()) == {"llm_calls": (1, 0)}
+        assert run.summary().calls_charged_at_bound == 1
+    watchdog.shutdown()
+
+
+def test_runs_that_spent_nothing_yet_go_on_when_accounts_are_taken_out(clock: FakeClock) -> None:
+    """With more than a thousand open runs, accounts without spending are taken out; their runs find them again."""
+    watchdog = watch(clock)
+    many = [watchdog.start_run(budgets=[Budget(llm_calls=1, usd=1)]) for _ in range(1100)]
+    for run in many:
+        run.remaining()
+    for run in (many[0], many[-1]):
+        run.log(ToolCall(tool="t"), Usage(), None)
+        run.open(ask()).settle(USED)
+        with pytest.raises(BudgetExceeded):
+            run.open(ask())
+    untouched = many[1]
+    untouched.top_up(llm_calls=1)
+    for _ in range(2):
+        untouched.open(ask()).settle(USED)
+    assert {account.ceiling for _, account in accounts_of(untouched)} == {2, 10**12}
+    watchdog.shutdown()
+
+
+# -- waiting --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_busy_task_goes_on_when_another_one_settles(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+
+    async def main() -> list[str]:
+        order = []
+        with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
+            first = await run.aopen(ask())
+
+            async def second() -> None:
+                ticket = await run.aopen(ask())
+                order.append("opened")
+                ticket.settle(USED)
+
+            task = asyncio.create_task(second())
+            while not clock.waiting:
+                await asyncio.sleep(0)
+            order.append("settled")
+            first.settle(USED)
+            await task
+            assert spent_by_unit(run.summary()) == {"output_tokens": (10, 0)}
+            assert run.summary().refusals == 0
+        return order
+
+    assert asyncio.run(main()) == ["settled", "opened"]
+    assert clock.monotonic() == 0
+    watchdog.shutdown()
+
+
+def test_a_busy_task_gives_up_after_wait_s_and_nothing_latches(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+
+    async def main() -> None:
+        with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
+            first = await run.aopen(ask())
+            task = asyncio.create_task(run.aopen(ask()))
+            while not clock.waiting:
+                await asyncio.sleep(0)
+            clock.advance(29.5)
+            # Something comes back, but not enough: the wait goes on, and its end stays where it was.
+            (await run.aopen(ask(limit=1))).release()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not task.done()
+            clock.advance(0.5)
+            with pytest.raises(BudgetBusy) as caught:
+                await task
+            assert (caught.value.held, caught.value.needed, caught.value.ceiling) == (10, 10, 15)
+            assert not run.summary().budgets[0].latched
+            first.settle(USED)
+            (await run.aopen(ask())).settle(USED)
+
+    asyncio.run(main())
+    assert clock.monotonic() == 30
+    watchdog.shutdown()
+
+
+def test_a_busy_task_that_finds_the_ceiling_reached_is_told_so_at_once(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+
+    async def main() -> None:
+        with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
+            first = await run.aopen(ask())
+            task = asyncio.create_task(run.aopen(ask()))
+            while not clock.waiting:
+                await asyncio.sleep(0)
+            first.settle(Usage(output_tokens=10))
+            with pytest.raises(BudgetExceeded) as caught:
+                await task
+            assert not isinstance(caught.value, BudgetBusy)
+
+    asyncio.run(main())
+    assert clock.monotonic() == 0
+    watchdog.shutdown()
+
+
+def test_a_cancelled_wait_holds_nothing_and_listens_to_nothing(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+
+    async def main() -> None:
+        with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
+            first = await run.aopen(ask())
+            task = asyncio.create_task(run.aopen(ask()))
+            while not clock.waiting:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            first.release()
+            assert watchdog.ledger.holds() == []
+            changes: Any = watchdog.ledger.changes
+            assert changes._listeners == ()
+
+    asyncio.run(main())
+    watchdog.shutdown()
+
+
+def test_on_an_event_loop_a_call_that_cannot_wait_is_told_at_once_that_it_is_busy(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+
+    async def main() -> None:
+        with watchdog.run(budgets=[Budget(llm_calls=1)]) as run:
+            run.open(ask())
+            with pytest.raises(BudgetBusy):
+                run.open(ask())
+
+    asyncio.run(main())
+    assert clock.monotonic() == 0
+    watchdog.shutdown()
+
+
+def test_a_busy_thread_goes_on_when_another_one_settles(clock: FakeClock) -> None:
+    watchdog = watch(clock, wait_s=30)
+    with watchdog.run(budgets=[Budget(llm_calls=2), Budget(output_tokens=15)]) as run:
+        first = run.open(ask())
+        opened = threading.Event()
+
+        def second() -> None:
+            run.open(ask()).settle(USED)
+            opened.set()
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert clock.wait_for_waiters()
+        assert not opened.is_set()
+        first.settle(USED)
+        thread.join(30)
+        assert opened.is_set()
+        assert spent_by_unit(run.summary()) == {"llm_calls": (2, 0), "output_tokens": (10, 0)}
+    watchdog.shutdown()

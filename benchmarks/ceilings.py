@@ -1,0 +1,203 @@
+"""Ceilings that hold: a ceiling that fits exactly 10 calls, 50 tried, against a provider on this machine that bills.
+
+    python benchmarks/ceilings.py
+
+Prints what was billed and what was recorded, as shares of the ceiling, for each way in and each way of calling. The provider
+bills one token per byte and the whole output limit. Then the realistic rows: prompts billed by a tokenizer's ratio, answers that
+use a fifth of their limit, histories of 30 turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from decimal import Decimal
+from threading import Thread
+from typing import Any
+
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_openai import ChatOpenAI
+
+import clevagent
+from clevagent import Budget, BudgetExceeded
+from clevagent.integrations.langchain import ClevAgentCallbackHandler
+from clevagent.testing import LoopbackProvider
+
+PROMPT = "x" * 200
+LIMIT = 100
+ONE = 200 * 2_500_000 + LIMIT * 10_000_000
+"""What one call is billed, in pico-USD: gpt-4o, $2.50 and $10 for a million tokens."""
+CEILING = 10 * ONE
+TRIES = 50
+
+
+def chat(provider: LoopbackProvider, **settings: Any) -> ChatOpenAI:
+    return ChatOpenAI(model="gpt-4o", api_key="test", base_url=provider.openai_url, **settings)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    with suppress(BudgetExceeded):
+        yield
+
+
+def attempt(call: Callable[[], object]) -> None:
+    with refusals():
+        call()
+
+
+async def attempt_async(call: Callable[[], Awaitable[object]]) -> None:
+    with refusals():
+        await call()
+
+
+def sequential(call: Callable[[], object]) -> None:
+    for _ in range(TRIES):
+        attempt(call)
+
+
+def threads(call: Callable[[], object]) -> None:
+    workers = [Thread(target=attempt, args=(call,)) for _ in range(TRIES)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def break_off(stream: Iterator[object]) -> None:
+    for _ in stream:
+        break
+
+
+class Ways:
+    """One way in: how it makes a call, plainly, asynchronously, and streaming."""
+
+    def __init__(self, model: Any = None, config: Any = None) -> None:
+        self.model, self.config = model, config
+
+    def call(self) -> object:
+        return self.model.invoke(PROMPT, self.config)
+
+    async def acall(self) -> object:
+        return await self.model.ainvoke(PROMPT, self.config)
+
+    def broken(self) -> None:
+        break_off(self.model.stream(PROMPT, self.config))
+
+
+class Door(Ways):
+    """The framework-free door, around requests of the plain SDK's kind."""
+
+    def __init__(self, provider: LoopbackProvider) -> None:
+        import openai
+
+        self.client = openai.OpenAI(api_key="test", base_url=provider.openai_url, max_retries=0)
+        self.aclient = openai.AsyncOpenAI(api_key="test", base_url=provider.openai_url, max_retries=0)
+        self.request: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": LIMIT}
+
+    def call(self) -> object:
+        with clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=LIMIT) as call:
+            usage = self.client.chat.completions.create(**self.request).usage
+            call.settle(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens)
+        return usage
+
+    async def acall(self) -> object:
+        async with clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=LIMIT) as call:
+            usage = (await self.aclient.chat.completions.create(**self.request)).usage
+            call.settle(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens)
+        return usage
+
+    def broken(self) -> None:
+        with clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=LIMIT):
+            break_off(iter(self.client.chat.completions.create(**self.request, stream=True)))
+
+
+def in_run(runner: asyncio.Runner, mode: str, ways: Ways) -> None:
+    if mode == "sequential":
+        sequential(ways.call)
+    elif mode == "threads x50":
+        threads(ways.call)
+    elif mode == "stream broken off":
+        sequential(ways.broken)
+    else:
+
+        async def all_at_once() -> None:
+            await asyncio.gather(*(attempt_async(ways.acall) for _ in range(TRIES)))
+
+        runner.run(all_at_once(), context=contextvars.copy_context())
+
+
+def exact_rows(runner: asyncio.Runner) -> bool:
+    modes = ("sequential", "asyncio x50", "threads x50", "stream broken off")
+    print("A ceiling that fits exactly 10 calls, 50 tried: billed (recorded), as shares of the ceiling")
+    print(f"{'':<36}" + "".join(f"{mode:>22}" for mode in modes))
+    held = True
+    with LoopbackProvider() as provider:
+        for name, make in (
+            ("guard(model), limit set", lambda: Ways(clevagent.guard(chat(provider, max_tokens=LIMIT)))),
+            ("guard(model), no limit", lambda: Ways(clevagent.guard(chat(provider)))),
+            (
+                "handler, limit set, max_retries=0",
+                lambda: Ways(chat(provider, max_tokens=LIMIT, max_retries=0), {"callbacks": [ClevAgentCallbackHandler()]}),
+            ),
+            ("llm_call(), no framework", lambda: Door(provider)),
+        ):
+            cells = []
+            for mode in modes:
+                provider.reset()
+                clevagent.shutdown()
+                ways = make()
+                with clevagent.run(budgets=[Budget(usd=Decimal(CEILING) / 10**12)]) as run:
+                    in_run(runner, mode, ways)
+                billed, recorded = provider.billed_pico / CEILING, run.summary().total.cost_usd * 1e12 / CEILING
+                held = held and provider.billed_pico <= CEILING
+                cells.append(f"{billed:.3f} ({recorded:.3f})")
+            print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells))
+    return held
+
+
+def realistic_rows() -> bool:
+    print("\nRealistic: 30-turn histories, answers of a fifth of their limit, guard(model); billed share of the ceiling")
+    english = "The committee met on Tuesday to weigh the proposal, and nobody could say whether the figures still held. "
+    json_text = '{"id": 4711, "name": "Ada", "tags": ["loop", "engine"], "score": 0.93, "active": true}, '
+    held = True
+    for name, text, ratio in (("English, 0.22 tokens a byte", english, 0.22), ("JSON, 0.5 tokens a byte", json_text, 0.5)):
+        for workers in (1, 8):
+            with LoopbackProvider(tokens_per_byte=ratio, output_share=0.2) as provider:
+                clevagent.shutdown()
+                model = clevagent.guard(chat(provider, max_tokens=300))
+                ceiling = 0.12 * workers
+
+                def conversation(index: int, model: Any = model, text: str = text) -> None:
+                    messages: list[Any] = []
+                    for turn in range(30):
+                        messages.append(HumanMessage(f"{index}.{turn} {text * 3}"))
+                        model.invoke(messages)
+                        messages.append(AIMessage(text * 2))
+
+                with clevagent.run(budgets=[Budget(usd=ceiling)]), ThreadPoolExecutor(workers) as pool:
+                    # More conversations than the ceiling can pay for.
+                    futures = [pool.submit(contextvars.copy_context().run, attempt, lambda i=i: conversation(i)) for i in range(workers * 12)]
+                    for future in futures:
+                        future.result()
+                share = provider.billed_pico / (ceiling * 1e12)
+                held = held and share <= 1
+                print(f"  {name:<32} {workers} at once {share:8.3f}   target >= {0.8 if workers == 1 else 0.7}, <= 1")
+    return held
+
+
+def main() -> int:
+    # LangChain logs what handlers raise, ClevAgent what it refuses: hundreds of times here.
+    logging.disable(logging.WARNING)
+    with asyncio.Runner() as runner:
+        held = exact_rows(runner)
+    return 0 if realistic_rows() and held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

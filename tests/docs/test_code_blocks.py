@@ -1,0 +1,73 @@
+"""Every code block of the README and of docs/ is run, offline, as a reader would run it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import clevagent
+from clevagent.testing import LoopbackProvider
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run_one_after_the_other(page, monkeypatch, tmp_path):
+    """The blocks of a page share one namespace, like a reader's session; models talk to a provider on this machine."""
+    monkeypatch.chdir(tmp_path)
+    with LoopbackProvider() as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", "test")
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.openai_url)
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "test")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", provider.anthropic_url)
+        namespace = {"__name__": "__main__"}
+        for number, code in enumerate(blocks(page, "python"), 1):
+            # A page shows several ways to start: each init stands for a program of its own.
+            if re.search(r"^clevagent\.init\(", code, re.MULTILINE):
+                clevagent.shutdown()
+            exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+
+
+def test_shell_blocks_name_what_exists():
+    """Targets of make, extras of pip, and commands of clevagent in shell blocks are real."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    from clevagent.cli import main
+
+    lines = [line for page in PAGES for code in blocks(page, "sh") for line in code.splitlines()]
+    assert lines
+    for line in lines:
+        command = line.partition("#")[0].split()
+        if not command:
+            continue
+        if command[0] == "make":
+            assert command[1] in targets, line
+        elif command[:2] == ["pip", "install"]:
+            extra = re.fullmatch(r'"\.\[(\w+)\]"', command[2])
+            assert extra is not None, f"nobody is sent to a package index: {line}"
+            assert extra[1] in project["optional-dependencies"], line
+        else:
+            assert command[0] == "clevagent", line
+            assert command[1] in main.commands, line
+
+
+def test_nobody_is_sent_to_the_retired_package_on_the_index():
+    """`pip install clevagent` would install something else."""
+    for page in PAGES:
+        assert not re.search(r"pip install (-U )?[\"']?clevagent", page.read_text()), page
+
+
+def test_links_between_pages_lead_somewhere():
+    """A relative link names a file of this repository."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
