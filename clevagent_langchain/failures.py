@@ -60,7 +60,7 @@ def wait_before_retry(state: tenacity.RetryCallState) -> float:
     asked = _retry_after(error) if error is not None else None
     if asked is not None and 0 < asked <= 60:  # noqa: PLR2004 - as the SDKs do
         return asked
-    return tenacity.wait_exponential_jitter(initial=0.5, max=8, jitter=0.25)(state)
+    return (tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.25))(state)
 
 
 def _status(error: BaseException) -> int | None:

@@ -32,10 +32,7 @@ def perform(console: Console | None = None) -> list[SceneResult]:
     console = console or Console(highlight=False)
     begun_at = time.monotonic()
     _say(console, "Four ways to overspend, each played without a guard, and then with one.", style="bold")
-    _say(
-        console,
-        "The agents and OpenAI's client are real. The provider is a server on this machine that keeps the bill: no cost, no key.\n",
-    )
+    _say(console, "Agents and client are real. The provider is a server on this machine that keeps the bill: no key, no cost.")
     with own_environment(), kept_log() as records, _stage(console) as stage:
         results = play(SCENES, stage, block=plugins_of_others())
     console.print(result_table(results))
@@ -78,12 +75,8 @@ class Stage:
         """Tell a scene's two bills."""
         self._now = lambda: ""
         for how, bill, rest in (("unguarded", result.unguarded, ""), ("guarded", result.guarded, f", {result.refused} refused")):
-            share = _share(bill.billed_pico, result.ceiling_pico)
-            _say(
-                self._console,
-                f"     {how:<11}{_money(bill.billed_pico)} billed, {share} of the ceiling; {bill.requests} sent{rest}",
-            )
-        self._console.print()
+            billed = f"{_money(bill.billed_pico)} billed, {_against(bill.billed_pico, result.ceiling_pico)}"
+            _say(self._console, f"     {how:<11}{billed}; {bill.requests} sent{rest}")
 
     def frame(self) -> Text:
         """Draw the line that changes."""

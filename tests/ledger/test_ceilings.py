@@ -51,12 +51,7 @@ def _hush() -> Iterator[None]:
 def pico_cost(model: str, usage: Usage) -> int:
     plain, output, read, write = RATES[model]
     uncached = usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens
-    return (
-        uncached * plain
-        + usage.cache_read_tokens * read
-        + usage.cache_write_tokens * write
-        + usage.output_tokens * output
-    )
+    return uncached * plain + usage.cache_read_tokens * read + usage.cache_write_tokens * write + usage.output_tokens * output
 
 
 def in_unit(amount: float, unit: str) -> int:
@@ -239,7 +234,11 @@ class CeilingsMachine(RuleBasedStateMachine):
                     self._charged(sent)
             assert not [hold for hold in self.watchdog.ledger.holds() if hold.owner.run is run]  # type: ignore[attr-defined]
 
-    @rule(later=st.sampled_from([timedelta(seconds=1), timedelta(minutes=59), timedelta(hours=1), timedelta(hours=23), timedelta(days=20)]))
+    @rule(
+        later=st.sampled_from(
+            [timedelta(seconds=1), timedelta(minutes=59), timedelta(hours=1), timedelta(hours=23), timedelta(days=20)]
+        )
+    )
     def time_passes(self, later: timedelta) -> None:
         self.clock.advance(later.total_seconds())
 
@@ -513,6 +512,14 @@ def ask(limit: int | None = 10, **given: Any) -> LLMCall:
 USED = Usage(input_tokens=5, output_tokens=5)
 
 
+async def somebody_waits(clock: FakeClock) -> None:
+    for _ in range(1000):
+        if clock.waiting:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("nobody waits")
+
+
 def spent_by_unit(summary: RunSummary) -> dict[str, tuple[float, float]]:
     return {state.unit: (state.spent, state.held) for state in summary.budgets}
 
@@ -718,8 +725,7 @@ def test_a_busy_task_goes_on_when_another_one_settles(clock: FakeClock) -> None:
                 ticket.settle(USED)
 
             task = asyncio.create_task(second())
-            while not clock.waiting:
-                await asyncio.sleep(0)
+            await somebody_waits(clock)
             order.append("settled")
             first.settle(USED)
             await task
@@ -739,8 +745,7 @@ def test_a_busy_task_gives_up_after_wait_s_and_nothing_latches(clock: FakeClock)
         with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
             first = await run.aopen(ask())
             task = asyncio.create_task(run.aopen(ask()))
-            while not clock.waiting:
-                await asyncio.sleep(0)
+            await somebody_waits(clock)
             clock.advance(29.5)
             # Something comes back, but not enough: the wait goes on, and its end stays where it was.
             (await run.aopen(ask(limit=1))).release()
@@ -767,8 +772,7 @@ def test_a_busy_task_that_finds_the_ceiling_reached_is_told_so_at_once(clock: Fa
         with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
             first = await run.aopen(ask())
             task = asyncio.create_task(run.aopen(ask()))
-            while not clock.waiting:
-                await asyncio.sleep(0)
+            await somebody_waits(clock)
             first.settle(Usage(output_tokens=10))
             with pytest.raises(BudgetExceeded) as caught:
                 await task
@@ -786,8 +790,7 @@ def test_a_cancelled_wait_holds_nothing_and_listens_to_nothing(clock: FakeClock)
         with watchdog.run(budgets=[Budget(output_tokens=15)]) as run:
             first = await run.aopen(ask())
             task = asyncio.create_task(run.aopen(ask()))
-            while not clock.waiting:
-                await asyncio.sleep(0)
+            await somebody_waits(clock)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -228,9 +228,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _reserver(self, lines: list[Line], amounts: Amounts, hold_s: float) -> Callable[..., Hold | Refusal]:
         return lambda **how: self.ledger.reserve(lines, amounts, expires_at=self.now + hold_s, owner=self, **how)
 
-    def _verdict(
-        self, lines: list[tuple[Expected, int, bool]], amounts: Amounts, *, wrap_up: bool
-    ) -> tuple[str, Expected | None]:
+    def _verdict(self, lines: list[tuple[Expected, int, bool]], amounts: Amounts, *, wrap_up: bool) -> tuple[str, Expected | None]:
         """The first that has no room for good refuses; else the first whose room is only held."""
         busy: Expected | None = None
         for account, unit, enforced in lines:
@@ -364,7 +362,5 @@ class LedgerMachine(RuleBasedStateMachine):
 def test_balances_are_exact_in_any_order_of_operations(make_ledger: Callable[[], Ledger]) -> None:
     run_state_machine_as_test(
         lambda: LedgerMachine(make_ledger),
-        settings=settings(
-            max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-        ),
+        settings=settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]),
     )

@@ -56,7 +56,7 @@ def at_once(work: Callable[[int], None], watch: Callable[[], None] | None = None
         barrier.wait()
         try:
             work(number)
-        except BaseException as error:  # noqa: BLE001 - raised again on the main thread
+        except BaseException as error:
             errors.append(error)
 
     def watcher() -> None:
@@ -64,7 +64,7 @@ def at_once(work: Callable[[int], None], watch: Callable[[], None] | None = None
         try:
             while watch is not None and not done.is_set():
                 watch()
-        except BaseException as error:  # noqa: BLE001 - as above
+        except BaseException as error:
             errors.append(error)
 
     watching = threading.Thread(target=watcher)
@@ -78,6 +78,27 @@ def at_once(work: Callable[[int], None], watch: Callable[[], None] | None = None
     assert not any(thread.is_alive() for thread in (watching, *working))
     if errors:
         raise errors[0]
+
+
+def end_somehow(ledger: Ledger, hold: Hold, chance: random.Random) -> Amounts | None:
+    """Release, charge or settle a hold, and try to end it again; tell what it was charged in the end."""
+    used: Any = tuple(chance.randint(0, amount) for amount in hold.amounts)
+    way = chance.randrange(5)
+    if way == 0:
+        ledger.release(hold)
+        return None
+    if way == 1:
+        ledger.charge(hold)
+        return hold.amounts
+    if way == 2:
+        ledger.charge(hold)
+        ledger.settle(hold, used)
+        return used
+    ledger.settle(hold, used)
+    ledger.settle(hold, hold.amounts)
+    ledger.release(hold)
+    ledger.charge(hold)
+    return used
 
 
 @pytest.mark.parametrize("make_ledger", LEDGERS.values(), ids=LEDGERS)
@@ -112,24 +133,7 @@ def test_no_ceiling_is_passed_at_any_moment_by_many_threads(make_ledger: Callabl
                     ledger.top_up(answer.line.account, amount)
                     topped_up[number][accounts.index(answer.line.account)] += amount
                 continue
-            used: Any = tuple(chance.randint(0, amount) for amount in amounts)
-            way = chance.randrange(5)
-            if way == 0:
-                ledger.release(answer)
-                mine.append((answer, None))
-            elif way == 1:
-                ledger.charge(answer)
-                mine.append((answer, amounts))
-            elif way == 2:
-                ledger.charge(answer)
-                ledger.settle(answer, used)
-                mine.append((answer, used))
-            else:
-                ledger.settle(answer, used)
-                ledger.settle(answer, amounts)
-                ledger.release(answer)
-                ledger.charge(answer)
-                mine.append((answer, used))
+            mine.append((answer, end_somehow(ledger, answer, chance)))
         ended[number] = mine
 
     at_once(work, watch)
@@ -185,9 +189,7 @@ def test_a_reservation_never_lands_on_an_account_that_was_taken_out(make_ledger:
             while True:
                 account = ledger.open(key, ceiling=10**9, keep=0, warn_mark=10**9, ends_at=math.inf)
                 try:
-                    hold = ledger.reserve(
-                        [Line(account, 0, enforced=True)], (1, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None
-                    )
+                    hold = ledger.reserve([Line(account, 0, enforced=True)], (1, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None)
                     break
                 except StaleAccount:
                     continue
@@ -231,7 +233,9 @@ def test_threads_of_one_run_stay_below_its_ceilings_and_the_summary_adds_up() ->
                     if way == 0:
                         ticket.release()
                         continue
-                    usage = Usage(input_tokens=chance.randint(1, 10), output_tokens=chance.randint(0, ticket.max_output_tokens or 0))
+                    usage = Usage(
+                        input_tokens=chance.randint(1, 10), output_tokens=chance.randint(0, ticket.max_output_tokens or 0)
+                    )
                     if way == 1:
                         ticket.charge()
                     ticket.settle(usage)
@@ -278,7 +282,7 @@ def in_forked_child(work: Callable[[], object], *, locks: tuple[Any, ...] = ()) 
     def child(pipe: Any) -> None:
         try:
             answer: object = work()
-        except BaseException as error:  # noqa: BLE001 - told to the parent
+        except BaseException as error:
             answer = error
         pipe.send(answer)
 
