@@ -8,8 +8,8 @@ Rates follow genai-prices: tiers are cliffs (a tier's rates apply to *all* token
 without a price of its own cost what their parent kind costs (cached input costs what input costs). A rate that is no whole
 number of pico-USD (28 in the list, all leftovers of a division) is rounded up: at most a dollar too much in 10**12 tokens.
 
-Only tokens of text and audio, cached or not, and a fee per request are counted. Not counted, because no usage here tells
-them: images and video (their tokens cost what text does, though some models charge many times more), seconds, characters,
+Only tokens of text and audio, cached or not, and a fee per request are counted. Usage here does not tell images and video from
+text, so where a model charges more for those, all its tokens cost that much: too high, never too low. Not counted: seconds, characters,
 pages, web searches and other server-side tools, and cheaper rates for reasoning or citations. A model that is not priced by
 the token is unknown.
 
@@ -496,8 +496,8 @@ def _starts(price: ModelPrice) -> set[int]:
 
 def _tier(price: ModelPrice, start: int) -> Tier:
     """Make one tier; a kind of tokens without a price of its own costs what its parent costs, as in genai-prices."""
-    text_in = _at(price, "input_mtok", start, Decimal(0))
-    text_out = _at(price, "output_mtok", start, Decimal(0))
+    text_in = _dearest(price, "input", start)
+    text_out = _dearest(price, "output", start)
     # genai-prices itself refuses a price for a time to live that stands without a general one.
     write = max(_at(price, "cache_write_mtok", start, text_in), _at(price, "cache_write_5m_mtok", start, Decimal(0)))
     usd_per_million = {
@@ -510,6 +510,12 @@ def _tier(price: ModelPrice, start: int) -> Tier:
         "output_audio": _at(price, "output_audio_mtok", start, text_out),
     }
     return Tier(start=start, **{name: _up(usd * PICO_PER_USD_PER_MILLION) for name, usd in usd_per_million.items()})
+
+
+def _dearest(price: ModelPrice, direction: str, start: int) -> Decimal:
+    """Read the text price, or that of images or video where it is higher: usage here does not tell which of them tokens were."""
+    text = _at(price, f"{direction}_mtok", start, Decimal(0))
+    return max(text, *(_at(price, f"{direction}_{kind}_mtok", start, text) for kind in ("image", "video")))
 
 
 def _at(price: ModelPrice, key: str, start: int, parent: Decimal) -> Decimal:

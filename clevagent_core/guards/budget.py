@@ -60,7 +60,8 @@ class BudgetReservation:
         notices = self._run.watchdog.ledger.charge(self._hold)
         if notices:
             tell_notices(self._run, notices)
-        return self._hold.amounts[USD]
+        owner: Ticket = self._hold.owner  # type: ignore[assignment]  # the guard gives its ticket
+        return self._hold.amounts[USD] if owner.rates is not None else None
 
 
 class BudgetGuard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,7 +25,9 @@ from clevagent_core.clock import SystemClock, utc
 from clevagent_core.errors import UsageError
 from clevagent_core.pricing import Price, PriceList, Rates, Tier, unknown_price_message
 
-MODELS = [(provider, model) for provider in data_snapshot.get_snapshot().providers for model in provider.models]
+ALL_MODELS = [(provider, model) for provider in data_snapshot.get_snapshot().providers for model in provider.models]
+MEDIA = {id(model) for _, model in ALL_MODELS if re.search(r"\b(in|out)put_(image|video)_mtok=", repr(model.prices))}
+MODELS = [which for which in ALL_MODELS if id(which[1]) not in MEDIA]
 TOKENS = st.one_of(
     st.integers(0, 2_000_000),
     st.sampled_from([0, 1, 127_999, 128_000, 128_001, 199_999, 200_000, 200_001, 272_000, 272_001]),
@@ -157,6 +160,23 @@ def test_a_model_of_the_list_is_looked_up_as_genai_prices_does() -> None:
             else:
                 assert price.model_price.input_mtok is price.model_price.output_mtok is None
     assert found > 2000
+
+
+def test_tokens_that_may_be_images_or_video_cost_what_those_do() -> None:
+    """Usage does not tell them from text, so the dearest price of the direction stands: never less than what is billed."""
+    seen = 0
+    for provider, model in ALL_MODELS:
+        rates = rates_of((provider, model))
+        if id(model) not in MEDIA or rates is None:
+            continue
+        usage = Usage(input_tokens=1_000, output_tokens=500)
+        asked = genai_prices.Usage(
+            input_tokens=1_000, input_image_tokens=1_000, output_tokens=500, output_image_tokens=500
+        )
+        billed = model.calc_price(asked, provider, genai_request_timestamp=utc(NOW)).total_price * 10**12
+        assert rates.cost(usage) >= billed
+        seen += 1
+    assert seen > 20
 
 
 @settings(max_examples=400, deadline=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
-from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
 from langchain_core.tools import tool
 from langchain_openai import OpenAI
@@ -261,17 +259,13 @@ def test_traps_of_usage_metadata():
     )
     assert from_metadata(None) is None
     assert from_llm_output(None) is None
+    # A text completion that produced nothing leaves its output out.
+    assert from_llm_output({"token_usage": {"prompt_tokens": 5}}) == Usage(input_tokens=5)
     with pytest.raises(UnusableUsage):
         from_llm_output({"token_usage": {"completion_tokens": 5}})
     assert is_cached({"total_cost": 0})
     assert not is_cached({"total_cost": 0.5})
     assert not is_cached(None)
-
-
-def test_the_sum_of_a_streams_parts_is_what_langchain_makes_of_them():
-    parts = [AIMessage("a"), AIMessage("b")]
-    del parts, add_ai_message_chunks
-    assert from_llm_output({"token_usage": {"prompt_tokens": 5}}) == Usage(input_tokens=5)
 
 
 def test_an_end_that_cannot_be_read_is_charged(one, config, balance, chat, provider):
@@ -326,7 +320,6 @@ def test_a_stream_never_reads_the_cache(aio, provider, chat, config, balance, on
         ({"max_completion_tokens": 7}, {"max_tokens": 70}, 70),
         ({"max_tokens": 7, "extra_body": {"max_tokens": 700}}, {}, 700),
         ({"max_tokens": 7}, {"extra_body": {"max_completion_tokens": 700}}, 700),
-        ({"model_kwargs": {"max_completion_tokens": 70}}, {}, 70),
         ({"max_tokens": 50, "use_responses_api": True}, {}, 50),
         ({"max_tokens": 50, "use_responses_api": True}, {"max_tokens": 70}, 70),
         ({}, {}, None),
@@ -369,8 +362,10 @@ def test_n_multiplies_the_output(provider, chat, config, watch, balance, one, ho
     assert balance(one).spent >= provider.billed_pico
 
 
-def test_anthropic_always_tells_a_limit(provider, anthropic, config, watch):
-    anthropic().invoke("Hello", config)
+def test_anthropic_always_tells_a_limit(provider, anthropic, watchdog, watch):
+    """The most that the model can write, where none was set: that is what is held for the call."""
+    one = watchdog(budgets=[Budget(usd=5, per="lifetime")], plugins=[watch])
+    anthropic().invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
     assert watch.calls[0].max_output_tokens == provider.requests[0].body["max_tokens"]
 
 
@@ -547,4 +542,4 @@ def test_a_model_without_a_name_counts_as_a_call(watchdog, balance):
     one = watchdog(budgets=[Budget(llm_calls=5, per="lifetime")])
     FakeListChatModel(responses=["a"]).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
     assert balance(one).spent == 1
-    assert SimpleNamespace(calls=one.process_run.summary().unpriced_calls).calls == 1
+    assert one.process_run.summary().unpriced_calls == 1

@@ -489,7 +489,13 @@ def chain(run: Run) -> Iterator[Run]:
 def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
     run_state_machine_as_test(
         CeilingsMachine,
-        settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=40,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
     )
 
 

@@ -362,5 +362,11 @@ class LedgerMachine(RuleBasedStateMachine):
 def test_balances_are_exact_in_any_order_of_operations(make_ledger: Callable[[], Ledger]) -> None:
     run_state_machine_as_test(
         lambda: LedgerMachine(make_ledger),
-        settings=settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]),
+        settings=settings(
+            max_examples=200,
+            stateful_step_count=40,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
     )

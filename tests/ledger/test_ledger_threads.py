@@ -379,11 +379,12 @@ def test_a_run_of_the_parent_is_refused_in_a_forked_child() -> None:
     watchdog = Watchdog(clock=FakeClock(auto_advance=True), prices=PRICES)
     with watchdog.run(budgets=[Budget(llm_calls=5), Budget(tool_calls=5)]) as run:
         call(run)
-        open_here = run.open(ToolCall(tool="t"))
+        open_here, released_there = run.open(ToolCall(tool="t")), run.open(ToolCall(tool="t"))
 
         def work() -> object:
             # What was begun before the fork is the parent's to count; telling it here neither fails nor hangs.
             open_here.settle()
+            released_there.release()
             try:
                 call(run)
             except UsageError as error:
@@ -392,7 +393,9 @@ def test_a_run_of_the_parent_is_refused_in_a_forked_child() -> None:
 
         assert "forked" in str(in_forked_child(work, locks=all_locks(watchdog, run)))
         assert open_here.is_open
+        assert released_there.is_open
         open_here.settle()
+        released_there.release()
         call(run)
         assert [(state.unit, state.spent) for state in run.summary().budgets] == [("llm_calls", 2), ("tool_calls", 1)]
     watchdog.shutdown()
