@@ -47,26 +47,28 @@ def text_bound(text: str) -> int:
 
 
 def content_bound(content: object) -> int:
-    """Count the tokens that a message, schema or any nesting of text can have at most, its punctuation included."""
+    """Count the tokens that a message, schema or any nesting of text can have at most, its punctuation included.
+
+    Mappings and lists are counted as the JSON that is sent of them, with the widest spacing; tuples as what stands side by side.
+    """
     if isinstance(content, str):
         return text_bound(content)
     if content is None or isinstance(content, bool):
         return 5
-    if isinstance(content, Mapping):
-        # Quotes, colon, comma and braces: a tokenizer can make each a token of its own.
-        return 2 + sum(content_bound(key) + content_bound(value) + _escapes(value) + 6 for key, value in content.items())
-    if isinstance(content, (list, tuple)):
+    if isinstance(content, tuple):
         return 2 + sum(content_bound(part) + 2 for part in content)
     if isinstance(content, (bytes, bytearray)):
         return len(content)
+    if isinstance(content, (Mapping, list)):
+        try:
+            return text_bound(json.dumps(content, ensure_ascii=False, default=_plain))
+        except (TypeError, ValueError, RecursionError):
+            return 2 * text_bound(repr(content))  # nothing that could be sent
     return text_bound(str(content))
 
 
-def _escapes(value: object) -> int:
-    """Count the characters that JSON writes as two."""
-    if not isinstance(value, str):
-        return 0
-    return value.count('"') + value.count("\\") + value.count("\n") + value.count("\t") + value.count("\r")
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def is_opaque(content: object) -> bool:

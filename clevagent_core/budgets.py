@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from inspect import iscoroutinefunction
 from typing import Literal, NamedTuple, get_args
 
 from clevagent_core.calls import Call, LLMCall
 from clevagent_core.errors import UsageError
-from clevagent_core.money import to_pico
+from clevagent_core.money import MAX_PICO, to_pico
 from clevagent_core.verdicts import Incident, Unit
 
 Per = Literal["run", "thread", "hour", "day", "month", "lifetime"]
@@ -95,7 +96,12 @@ class Budget:
             raise UsageError(
                 f"Budget(on_exceed={action!r}) is no action. Use 'raise', 'warn', or a callable that gets the incident."
             )
-        if not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
+        if iscoroutinefunction(action):
+            raise UsageError(
+                f"Budget(on_exceed={action!r}) is an async function, and nothing would wait for it: calls are checked in sync code "
+                "too. Give a plain function; it may schedule what has to be awaited."
+            )
+        if isinstance(self.warn_at, bool) or not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
             raise UsageError(
                 f"Budget(warn_at={self.warn_at!r}) is not a share of the ceiling. Give a number above 0 and at most 1, such as 0.8."
             )
@@ -195,7 +201,7 @@ def check_names(budgets: tuple[Budget, ...]) -> None:
                 f"({', '.join(f'{name}={getattr(other, name)!r} and {getattr(budget, name)!r}' for name in differ)}). "
                 "One account cannot have two ceilings: give them different names, or make them equal."
             )
-        if budget.on_exceed in {"halt", "ask"}:
+        if budget.on_exceed in ("halt", "ask"):  # no set: a callable need not be hashable
             raise UsageError(
                 f"Budget({budget.label!r}, on_exceed={budget.on_exceed!r}) needs an attachment that can end a framework's work "
                 "gracefully; a guarded model, a callback handler and llm_call() cannot. Use on_exceed='raise' and catch "
@@ -208,18 +214,21 @@ def _ceiling(unit: Unit, value: object) -> int:
         pico = to_pico(value, what="usd")  # type: ignore[arg-type]  # to_pico refuses what is no number
         if pico == 0:
             raise UsageError(
-                f"Budget(usd={value!r}) is zero, which would refuse every call. "
-                "Give a positive number of US dollars; to refuse everything, do not make the call."
+                f"Budget(usd={value!r}) comes to nothing (money is counted down to $0.000000000001), which would refuse every call. "
+                "Give a positive number of US dollars, or leave usd out for no limit in money."
             )
         return pico
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UsageError(f"Budget({unit}={value!r}) is a {type(value).__name__}, not a number. Give a positive whole number.")
-    number = float(value)
-    if not math.isfinite(number) or number <= 0 or number != int(number):
         raise UsageError(
-            f"Budget({unit}={value!r}) is not a ceiling: a ceiling is a positive whole number. Give one, or leave {unit} out for no limit."
+            f"Budget({unit}={value!r}) is a {type(value).__name__}, not a count, so nothing could be compared with it. "
+            "Give a positive whole number."
         )
-    return int(number)
+    if value <= 0 or not value <= MAX_PICO or value != math.floor(value):  # so written, NaN is refused
+        raise UsageError(
+            f"Budget({unit}={value!r}) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. "
+            f"Give one, or leave {unit} out for no limit."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]  # every whole Real has an int
 
 
 def _matches(pattern: str | None, name: str | None) -> bool:

@@ -31,6 +31,8 @@ def init(**settings: Any) -> Watchdog:
                 return found
             if not _is_implicit or found.is_used:
                 raise UsageError(_already(found.settings, wanted, implicit=_is_implicit))
+            # Not the process's any more, even if the next one cannot be made.
+            _watchdog = None
             found.shutdown()
         elif _watchdog is None:
             atexit.register(shutdown)

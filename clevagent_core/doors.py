@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import Token
 from types import TracebackType
 
 from clevagent_core.bounds import is_opaque
@@ -157,7 +156,7 @@ class ToolCallBlock:
         self._watchdog = watchdog
         self._call = ToolCall(tool=name, arguments=arguments, node=node)
         self._ticket: Ticket | None = None
-        self._token: Token[str | None] | None = None
+        self._outer: str | None = None
 
     def __enter__(self) -> OpenToolCall:
         """Check the call, or raise."""
@@ -173,8 +172,11 @@ class ToolCallBlock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Tell that the tool has run, unless the block told otherwise."""
-        if self._ticket is not None and self._token is not None:
-            self._ticket.run.watchdog.tool.reset(self._token)
+        if self._ticket is not None:
+            # Not by token: a generator may be closed in another context than the one it was entered in.
+            tool = self._ticket.run.watchdog.tool
+            if tool.get() == self._call.tool:
+                tool.set(self._outer)
             self._ticket.settle(error=error)
 
     async def __aexit__(
@@ -185,5 +187,6 @@ class ToolCallBlock:
 
     def _entered(self, watchdog: Watchdog, ticket: Ticket) -> OpenToolCall:
         self._ticket = ticket
-        self._token = watchdog.tool.set(self._call.tool)
+        self._outer = watchdog.tool.get()
+        watchdog.tool.set(self._call.tool)
         return OpenToolCall(ticket)

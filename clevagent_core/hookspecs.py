@@ -15,7 +15,8 @@ A plugin is any object whose methods carry ``@hookimpl``; every built-in of Clev
 
 *Hot* hooks (``before_call``, ``reserve``, ``call_settled``, ``call_failed``, ``step``, ``bound``) are bound once into plain calls whenever
 the set of plugins changes. They must take all arguments of the specification, in its order, and cannot be wrappers; this is
-checked when the plugin is registered.
+checked when the plugin is registered. Of the others, only ``guard``, ``attach`` and ``ledger`` can be wrapped. No hook is an
+``async def``: nothing would wait for it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -20,6 +19,8 @@ from clevagent_core import hookspecs
 from clevagent_core.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from clevagent_core.budgets import Budget
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
@@ -42,6 +43,10 @@ BUILTINS = (
 """The built-in plugins by dotted name, in the order in which they are registered. Each module has ``plugin()``, which makes one.
 All are ordinary plugins: they use the public hooks only, and any of them can be blocked. Adapters are found like everybody's
 plugins, by the entry points of this distribution."""
+
+
+_WRAPPABLE = frozenset({"clevagent_guard", "clevagent_attach", "clevagent_ledger"})
+"""The hooks that are called through pluggy itself, so that a wrapper around them is run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,13 @@ class BoundHooks:
             self.call_failed + other.call_failed,
             self.step + other.step,
         )
+
+
+def entry_points(*, group: str) -> Iterable[EntryPoint]:
+    """Find what installed distributions offer; scanning them takes tens of milliseconds, so it is done at ``init``."""
+    from importlib.metadata import entry_points as find  # noqa: PLC0415 - takes 10 ms to import
+
+    return find(group=group)
 
 
 class Plugins:
@@ -129,7 +141,15 @@ class Plugins:
             raise PluginError(
                 f"{plugin.__name__} is a class, so its hooks would be called without an instance. Register {plugin.__name__}() instead."
             )
-        known = name or self._manager.get_canonical_name(plugin)
+        if self._manager.is_registered(plugin):
+            raise PluginError(
+                f"The plugin {self._manager.get_name(plugin)!r} is registered already, so its hooks would be called twice. Give it once; "
+                "for two of a kind, make two instances."
+            )
+        known = name or self._name(plugin)
+        if self._manager.is_blocked(known):
+            self._states[known] = PluginState(known, source, "blocked")
+            return
         try:
             self._manager.register(plugin, known)
             self._manager.check_pending()
@@ -144,6 +164,15 @@ class Plugins:
         hooks = sorted(hook.name for hook in self._manager.get_hookcallers(plugin) or ())
         self._states[known] = PluginState(known, source, "loaded", ", ".join(hooks))
         self._bind()
+
+    def _name(self, plugin: object) -> str:
+        """Find a name that people can read and block: a module's own, or that of an instance's class."""
+        base = getattr(plugin, "__name__", None) or f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+        name, number = base, 1
+        while self._manager.has_plugin(name):
+            number += 1
+            name = f"{base}#{number}"
+        return str(name)
 
     def unregister(self, plugin: object) -> None:
         """Take a plugin out again."""
@@ -241,15 +270,18 @@ class Plugins:
         if not callers:
             raise ValueError("it has no method marked with @hookimpl")
         for caller in callers:
-            if caller.name not in hookspecs.HOT_HOOKS:
-                continue
+            is_hot = caller.name in hookspecs.HOT_HOOKS
             wanted = list(inspect.signature(getattr(hookspecs, caller.name)).parameters)
             for implementation in caller.get_hookimpls():
                 if implementation.plugin is not plugin:
                     continue
-                if implementation.wrapper or implementation.hookwrapper:
-                    raise ValueError(f"{caller.name} is a hot hook and is called without wrappers")
-                if list(implementation.argnames) != wanted:
+                if inspect.iscoroutinefunction(implementation.function):
+                    raise ValueError(f"{caller.name} is called without await, so it cannot be an async function")
+                if (implementation.wrapper or implementation.hookwrapper) and caller.name not in _WRAPPABLE:
+                    raise ValueError(
+                        f"{caller.name} is {'a hot hook and is ' if is_hot else ''}called one plugin at a time, without wrappers"
+                    )
+                if is_hot and list(implementation.argnames) != wanted:
                     raise ValueError(f"{caller.name} is a hot hook and must take ({', '.join(wanted)}), in this order")
 
     def _bind(self) -> None:

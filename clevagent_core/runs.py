@@ -6,9 +6,9 @@ call; a call without a ticket is not sent. Only this module turns a guard's ``St
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,7 +225,10 @@ class Ticket:
         rates = self.rates
         cost = rates.cost(usage) if rates is not None else None
         for reservation in self._reservations:
-            reservation.settle(usage, cost)
+            try:
+                reservation.settle(usage, cost)
+            except Exception:  # whose code: a guard's; the next one still gets its money back
+                logger.exception("A reservation failed to settle and was passed over.")
         run = self.run
         run._count(call, usage, cost, clamped=self.is_clamped)  # noqa: SLF001 - a ticket is a part of its run
         outcome = Outcome("settled", usage, cost, error)
@@ -242,15 +245,19 @@ class Ticket:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
         if not self._end("released"):
             return
-        for reservation in self._reservations:
-            reservation.release()
+        _release(self._reservations)
         self._tell_failed(Outcome("released", None, 0, error))
 
     def charge(self, error: BaseException | None = None) -> None:
         """Tell that the call may have been sent and that its usage is unknown: it costs its upper bound."""
         if not self._end("charged"):
             return
-        bounds = [reservation.charge() for reservation in self._reservations]
+        bounds: list[int | None] = []
+        for reservation in self._reservations:
+            try:
+                bounds.append(reservation.charge())
+            except Exception:  # whose code: a guard's; the next one is still charged
+                logger.exception("A reservation failed to charge and was passed over.")
         cost = max((bound for bound in bounds if bound is not None), default=None)
         with _ticket_lock:
             # Its usage may have come in while it was being charged.
@@ -329,7 +336,7 @@ class Run:
         self.run_id = run_id or uuid.uuid4().hex
         self.budgets = tuple(budgets)
         self.tags: dict[str, str] = {**(parent.tags if parent is not None else {}), **(tags or {})}
-        self.dry_run = dry_run or watchdog.settings.dry_run or (parent is not None and parent.dry_run)
+        self.dry_run: bool = dry_run or watchdog.settings.dry_run or (parent is not None and parent.dry_run)
         self.pid = os.getpid()
         self.started_at = watchdog.clock.wall()
         self.ended_at: float | None = None
@@ -385,6 +392,12 @@ class Run:
         """The hot hooks in force for this run."""
         hooks = self.watchdog.plugins.bound_hooks
         return hooks if self.guards is None else hooks + self.guards
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a call was made, refused or recorded in it."""
+        tally = self._tally
+        return bool(self.used or self.memo or tally.by_model or tally.by_tool or tally.refusals)
 
     def log(self, call: Call, usage: Usage, cost_pico: int | None) -> None:
         """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``."""
@@ -507,7 +520,7 @@ class Run:
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 verdict = self._fault(plugin, error)
             if verdict is not None:
-                stop = self._judge(verdict)
+                stop = self._judge(plugin, verdict)
                 if stop is not None:
                     return stop
         rates = self.watchdog.rates(call) if isinstance(call, LLMCall) else None
@@ -516,25 +529,29 @@ class Run:
         for reserve, plugin in hooks.reserve:
             try:
                 answer = reserve(self, ticket, extra)
+                if answer is None:
+                    continue
+                if not isinstance(answer, (Stop, Warn)):
+                    # What is no reservation has no such attribute: a fault of the guard, too.
+                    granted = answer.max_output_tokens
+                    reservations.append(answer)
+                    if granted is not None:
+                        ticket.max_output_tokens = granted
+                    continue
             except UsageError:
                 _release(reservations)
                 raise
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 answer = self._fault(plugin, error)
-            if answer is None:
-                continue
-            if isinstance(answer, (Stop, Warn)):
-                stop = self._judge(answer)
-                if stop is not None:
-                    _release(reservations)
-                    return stop
-                continue
-            reservations.append(answer)
-            if answer.max_output_tokens is not None:
-                ticket.max_output_tokens = answer.max_output_tokens
+            stop = self._judge(plugin, answer)
+            if stop is not None:
+                _release(reservations)
+                return stop
         return ticket
 
-    def _judge(self, verdict: Stop | Warn) -> Stop | None:
+    def _judge(self, plugin: object, verdict: object) -> Stop | None:
+        if not isinstance(verdict, (Stop, Warn)):
+            verdict = self._fault(plugin, TypeError(f"it answered {verdict!r}, which is neither None nor Warn nor Stop"))
         if isinstance(verdict, Warn):
             self.watchdog.tell(verdict.incident)
             return None
@@ -549,8 +566,12 @@ class Run:
             kind="guard",
             message=(
                 f"The guard {type(plugin).__name__} failed: {error!r}. "
-                + ("The call was refused, because it could not be priced against its budget. " if closed else "The call went on without it. ")
-                + "This is a bug of the guard; block it by name to go on without it."
+                + (
+                    "The call was refused before it was sent, because what this guard cannot check does not go out (fails_closed). "
+                    if closed
+                    else "The call went on without it. "
+                )
+                + "This is a bug of the guard: mend it, or leave it out with block=[...] (`clevagent plugins` lists the names)."
             ),
             agent=self.watchdog.settings.agent,
             run_id=self.run_id,
@@ -558,7 +579,10 @@ class Run:
             action="raise" if closed else "warn",
         )
         logger.error("The guard %s failed.", type(plugin).__name__, exc_info=error)
-        return Stop(incident=incident) if closed else Warn(incident=incident)
+        if not closed:
+            return Warn(incident=incident)
+        self.watchdog.tell(incident)
+        return Stop(incident=incident)
 
     def _refused(self, stop: Stop) -> Stopped:
         for run in self._chain():
@@ -586,6 +610,8 @@ class Run:
         return answer
 
     async def _await(self, call: Call, extra: Sequence[Budget], stop: Stop) -> Ticket | Stop:
+        import asyncio  # noqa: PLC0415 - a third of the time that importing clevagent would take
+
         clock = self.watchdog.clock
         deadline = clock.monotonic() + self.watchdog.settings.wait_s
         event = asyncio.Event()
@@ -628,7 +654,7 @@ class Run:
             run = run.parent
 
     def _account_to_top_up(self, unit: str, name: str | None) -> Account:
-        index = UNITS.index(unit)  # type: ignore[arg-type]  # the keys of amounts are units
+        index = UNITS.index(unit)
         found = [
             (budget, account)
             for budget, account in accounts_of(self)
@@ -657,11 +683,15 @@ def _add(table: dict[str, list[int]], name: str, count: int, cost: int, input_to
 
 def _release(reservations: list[Reservation]) -> None:
     for reservation in reservations:
-        reservation.release()
+        try:
+            reservation.release()
+        except Exception:  # whose code: a guard's; the next one is still released
+            logger.exception("A reservation failed to be released and was passed over.")
 
 
 def _in_event_loop() -> bool:
-    return asyncio._get_running_loop() is not None  # noqa: SLF001 - documented; get_running_loop() raises, which costs 1 us
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001 - documented; the public one raises
 
 
 def _spend(row: list[int]) -> Spend:

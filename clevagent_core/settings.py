@@ -39,6 +39,24 @@ def _read_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in re.split(r"[,\s]+", text) if name)
 
 
+def _read_count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("is no whole number") from None
+
+
+def _read_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("is no number of seconds") from None
+
+
+_TEXTS = frozenset({"per", "node", "tool", "model", "by", "on_exceed", "name"})
+"""The fields of a budget that stay text even where they look like numbers."""
+
+
 def _read_budgets(text: str) -> tuple[Budget, ...]:
     budgets = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -48,7 +66,7 @@ def _read_budgets(text: str) -> tuple[Budget, ...]:
             known = {spec.name for spec in fields(Budget)}
             if not equals or name not in known:
                 raise ValueError(f"has {pair!r}, which is not one of {', '.join(sorted(known))} followed by = and a value")
-            is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE)
+            is_number = name not in _TEXTS and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE)
             words[name] = float(value) if is_number else value
         budgets.append(Budget(**words))
     return tuple(budgets)
@@ -77,13 +95,13 @@ class Settings:
     estimate: Estimate = _setting("upper", str)
     """``upper`` reserves what a call can cost at most, and the ceiling holds; ``expected`` reserves what such calls usually
     cost, and the ceiling can be passed by what they cost more."""
-    assume_output_tokens: int = _setting(4096, int)
+    assume_output_tokens: int = _setting(4096, _read_count)
     """What a call without an output limit is taken to write at most, where no limit can be sent with it."""
-    wait_s: float = _setting(30.0, float)
+    wait_s: float = _setting(30.0, _read_seconds)
     """How many seconds a call may wait for money that calls in flight hold; 0 never waits."""
-    hold_s: float = _setting(900.0, float)
+    hold_s: float = _setting(900.0, _read_seconds)
     """After how many seconds a call that nobody has heard of again is charged its upper bound."""
-    flush_s: float = _setting(2.0, float)
+    flush_s: float = _setting(2.0, _read_seconds)
     """How many seconds ``shutdown`` may take to tell observers what they have not heard yet."""
     unknown_price: UnknownPrice = _setting("refuse", str)
     """What happens to a model without a price under a budget in US dollars: ``refuse``, or ``allow`` it as costing 0."""
@@ -116,6 +134,8 @@ class Settings:
                 raise UsageError(
                     f"The environment variable {variable}={text!r} cannot be used: it {error}. Correct it, or unset it."
                 ) from error
+            except UsageError as error:
+                raise UsageError(f"The environment variable {variable}={text!r} cannot be used: {error}") from error
         for name, value in arguments.items():
             if name not in specs:
                 raise UsageError(_unknown(name, list(specs), "setting"))
@@ -133,6 +153,13 @@ class Settings:
         if not isinstance(self.agent, str) or not self.agent:
             raise UsageError(f"agent={self.agent!r} names nothing. Give the agent a name, for example agent='research'.")
         check_names(self.budgets)
+        if not isinstance(self.dry_run, bool):
+            raise UsageError(f"dry_run={self.dry_run!r} is neither True nor False, so it could stop nothing by mistake. Give one of them.")
+        if not isinstance(self.prices, Mapping):
+            raise UsageError(
+                f"prices={self.prices!r} is no mapping of model names to prices. "
+                "Write prices={'my-model': clevagent.Price(input=2.50, output=10)} (US dollars per million tokens)."
+            )
         for model, price in self.prices.items():
             if not isinstance(price, Price):
                 raise UsageError(

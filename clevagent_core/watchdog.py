@@ -69,16 +69,17 @@ class Watchdog:
         self._active: dict[Run, None] = {}
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
-        self.is_used = False
-        """Whether a run was started or a call was made: what it counted would be lost if it were replaced."""
+        self._has_started_run = False
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
         ledger = self.plugins.ledger(self.settings.ledger, self.clock)
         if ledger is None:
+            blocked = ", ".join(self.settings.block)
             raise UsageError(
-                f"ledger={self.settings.ledger!r} is not known to any plugin, so nothing could be counted. "
-                "Use ledger='memory' (the default), or install the plugin that knows it."
+                f"ledger={self.settings.ledger!r} is not known to any plugin, so nothing could be counted"
+                f"{f' (block leaves out {blocked})' if blocked else ''}. "
+                "Use ledger='memory' (the default) and do not block 'clevagent_core.ledger.memory', or give the plugin that knows it."
             )
         self.ledger: Ledger = ledger
         self.process_run = Run(self, run_id="process")
@@ -87,6 +88,11 @@ class Watchdog:
         self.plugins.configure(self)
         for name in self.settings.attach:
             self.attach(name)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a run was started or a call was made: what it counted would be lost if it were replaced."""
+        return self._has_started_run or self.process_run.is_used
 
     def attach(self, name: str) -> None:
         """Attach to a whole framework, until ``shutdown``.
@@ -171,6 +177,7 @@ class Watchdog:
             for guard in guards:
                 own.register(guard)
         run = Run(self, budgets=budgets, tags=tags, parent=parent, dry_run=dry_run, guards=own)
+        self._has_started_run = True
         if inherited:
             with self._lock:
                 self._active[run] = None

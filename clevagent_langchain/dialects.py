@@ -63,13 +63,15 @@ class Dialect:
         if facts.thinking_tokens:
             floor = max(floor, facts.thinking_tokens + _AFTER_THINKING)
         items, is_opaque = requests.items_of(messages)
+        own_name = self.model_name(model)
+        name = requests.model_of(params) or own_name
         call = LLMCall(
-            model=kwargs.get("model") or self.model_name(model),
+            model=name,
             input=items,
             tools=facts.tools,
             max_output_tokens=limit,
             min_output_tokens=floor,
-            most_output_tokens=self._most(model) if limit is None else None,
+            most_output_tokens=self._most(model) if limit is None and name == own_name else None,
             clamp=self.is_known,
             answers=facts.answers,
             provider=self.provider,
@@ -83,8 +85,10 @@ class Dialect:
     def with_limit(self, model: BaseChatModel, kwargs: dict[str, Any], ticket: Ticket, call: LLMCall) -> dict[str, Any]:
         """Give the call's keywords with the output limit that was granted."""
         limit = ticket.max_output_tokens
-        if not self.is_known or limit is None or limit == call.max_output_tokens:
+        if not self.is_known or limit is None:
             return kwargs
+        if limit == call.max_output_tokens and kwargs.keys().isdisjoint(_LIMITING) and not _has_rest(model):
+            return kwargs  # it is the constructor's own
         return self.set_limit(model, kwargs, limit)
 
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
@@ -115,31 +119,34 @@ class OpenAIDialect(Dialect):
 
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`. A limit of the call goes before the constructor's, except in ``extra_body``."""
-        sent = _without_limits(kwargs, getattr(model, "extra_body", None))
+        sent = _without_limits(model, kwargs)
         # The Responses API renames each of them in turn, and the last renamed is sent.
-        uses_responses = getattr(model, "_use_responses_api", None)
-        responses = uses_responses is not None and uses_responses({**(getattr(model, "model_kwargs", None) or {}), **kwargs})
-        sent["max_completion_tokens" if responses else "max_tokens"] = limit
+        sent["max_completion_tokens" if _uses_responses(model, kwargs) else "max_tokens"] = limit
         return sent
 
     def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Ask for usage unless the user has said no: behind a base URL of one's own LangChain does not ask."""
-        if getattr(model, "stream_usage", None) is None and "stream_usage" not in kwargs and "stream_options" not in kwargs:
-            return {**kwargs, "stream_usage": True}
-        return dict(kwargs)
+        own = getattr(model, "model_kwargs", None) or {}
+        if getattr(model, "stream_usage", None) is not None or not {"stream_usage", "stream_options"}.isdisjoint({**own, **kwargs}):
+            return dict(kwargs)
+        # The Responses API tells usage without being asked, and refuses the question.
+        return dict(kwargs) if _uses_responses(model, kwargs) else {**kwargs, "stream_usage": True}
 
     def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
         """The clients are made when the model is: give the copy clients of its own that share the connections."""
         retries = getattr(model, "max_retries", None)
         fields = copy.__dict__
         for root_name, name in (("root_client", "client"), ("root_async_client", "async_client")):
-            root = fields.get(root_name)
+            # Whoever gives a client of their own gives its chat completions, and there is no root.
+            root = fields.get(root_name) or getattr(fields.get(name), "_client", None)
             if root is None:
                 continue
             if retries is None:
                 retries = root.max_retries
-            fields[root_name] = root.with_options(max_retries=0)
-            fields[name] = fields[root_name].chat.completions
+            root = root.with_options(max_retries=0)
+            if fields.get(root_name) is not None:
+                fields[root_name] = root
+            fields[name] = root.chat.completions
         fields["max_retries"] = 0
         return int(retries or 0)
 
@@ -156,7 +163,7 @@ class AnthropicDialect(Dialect):
 
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`."""
-        sent = _without_limits(kwargs, None)
+        sent = _without_limits(model, kwargs)
         sent["max_tokens"] = limit
         return sent
 
@@ -219,7 +226,7 @@ def dialect_of(model: BaseChatModel) -> Dialect:
 
 _PARAMS = (
     "max_tokens", "max_output_tokens", "num_predict", "n", "extra_body", "model_kwargs", "service_tier", "thinking", "mcp_servers",
-    "output_config", "use_previous_response_id",
+    "output_config", "container", "use_previous_response_id",
 )  # fmt: skip
 
 
@@ -234,9 +241,24 @@ def _profile(model: BaseChatModel) -> Mapping[str, Any]:
     return profile if isinstance(profile, Mapping) else {}
 
 
-def _without_limits(kwargs: Mapping[str, Any], own_extra: object) -> dict[str, Any]:
+_LIMITING = frozenset({*requests.LIMIT_KEYS, "extra_body"})
+"""Keywords of a call by which a limit may be set or taken off."""
+
+
+def _has_rest(model: BaseChatModel) -> bool:
+    return bool(getattr(model, "model_kwargs", None) or getattr(model, "extra_body", None))
+
+
+def _uses_responses(model: BaseChatModel, kwargs: Mapping[str, Any]) -> bool:
+    asks = getattr(model, "_use_responses_api", None)
+    return asks is not None and bool(asks({**(getattr(model, "model_kwargs", None) or {}), **kwargs}))
+
+
+def _without_limits(model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     sent = {key: value for key, value in kwargs.items() if key not in requests.LIMIT_KEYS}
-    extra = sent.get("extra_body", own_extra)
+    extra = sent.get("extra_body")
+    if extra is None:
+        extra = getattr(model, "extra_body", None) or (getattr(model, "model_kwargs", None) or {}).get("extra_body")
     if isinstance(extra, Mapping) and any(key in extra for key in requests.LIMIT_KEYS):
         # It is merged into the body last, over every limit beside it.
         sent["extra_body"] = {key: value for key, value in extra.items() if key not in requests.LIMIT_KEYS}

@@ -22,6 +22,7 @@ _CONNECTION = frozenset({"APIConnectionError", "APITimeoutError"})
 _GATEWAY = frozenset({408, 502, 504, 520, 521, 522, 523, 524})
 """Statuses by which something between us and the model gives up while the model may go on: they may be billed."""
 _RETRIED = frozenset({408, 409, 429})
+_FIRST_ERROR = 400
 _SERVER_ERROR = 500
 
 
@@ -29,13 +30,13 @@ def may_be_billed(error: BaseException) -> bool:
     """Tell whether a request that ended in ``error`` may have been billed.
 
     A status that refuses the request is not billed; no connection, nothing sent. Everything else (a timeout, a dropped
-    connection, a cancelled task, an answer that cannot be read) may have been, and counts as if it was.
+    connection, a cancelled task, an answer that cannot be read, an error inside a stream) may have been, and counts as if it was.
     """
     if isinstance(error, ClevAgentError):
         return False
     status = _status(error)
     if status is not None:
-        return status in _GATEWAY
+        return status in _GATEWAY or status < _FIRST_ERROR
     return not any(type(cause).__name__ in _NEVER_SENT for cause in _causes(error))
 
 
@@ -89,9 +90,10 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
+    # Not __context__: that may be any error that the caller was handling when this request was made.
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clevagent")
 
-_NO_TRACKER = Tracker()
 _SWEEP = 1024
 """How many open entries make a look for those that were closed elsewhere worth its time."""
 
@@ -63,8 +62,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         """Attach to ``watchdog``, or to the process's own, whichever that is when a call is made. Costs nothing: no state."""
         super().__init__()
         self._own = watchdog
-        self._tracked: Watchdog | None = None
-        self._tracker_of_it = _NO_TRACKER
+        self._tracked: tuple[Watchdog | None, Tracker | None] = None, None
 
     # -- model calls ------------------------------------------------------------------------------------------------------
 
@@ -106,9 +104,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if ticket is None:
             return
         try:
-            generations = [generation for batch in response.generations for generation in batch]
-            metadata = [getattr(getattr(generation, "message", None), "usage_metadata", None) for generation in generations]
-            reported = next((part for part in metadata if part is not None), None)
+            reported = _reported(response)
             if is_cached(reported):
                 ticket.release()
                 return
@@ -214,9 +210,12 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
 
     def _tracker(self) -> Tracker:
         watchdog = self._own or default.current()
-        if watchdog is not self._tracked:
-            self._tracked, self._tracker_of_it = watchdog, tracker_of(watchdog)
-        return self._tracker_of_it
+        # One pair, written and read at once: threads may find another watchdog than they did before.
+        known, tracker = self._tracked
+        if tracker is None or known is not watchdog:
+            tracker = tracker_of(watchdog)
+            self._tracked = watchdog, tracker
+        return tracker
 
     def _open_llm(
         self,
@@ -286,6 +285,16 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if ticket is not None:
             ticket.charge(error)
         tracker.end(run_id, error)
+
+
+def _reported(response: LLMResult) -> Mapping[str, Any] | None:
+    for batch in response.generations:
+        for generation in batch:
+            message = getattr(generation, "message", None)
+            metadata: Mapping[str, Any] | None = getattr(message, "usage_metadata", None)
+            if metadata is not None:
+                return metadata
+    return None
 
 
 def _model_name(metadata: Mapping[str, Any], params: Mapping[str, Any], serialized: Mapping[str, Any] | None) -> str:

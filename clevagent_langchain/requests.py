@@ -7,6 +7,7 @@ call go out side by side), so the largest counts. ``ls_model_name`` tells a mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +24,23 @@ LIMIT_KEYS = (
     "num_predict",
 )
 _NESTED = ("extra_body", "model_kwargs", "options", "generation_config")
-_UNBOUNDED = ("previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content")
+_UNBOUNDED = (
+    "previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content", "web_search_options",
+)  # fmt: skip
 """Parameters that put text before the model which is not in the request."""
-_SCHEMAS = ("functions", "response_format", "text", "output_config")
-_RARE = frozenset({
-    *_NESTED, *_UNBOUNDED, *_SCHEMAS,
-    "n", "tools", "tool_choice", "thinking", "use_previous_response_id", "ls_structured_output_format",
+_MESSAGES = ("messages", "input", "system")
+_NO_TEXT = frozenset({
+    *LIMIT_KEYS,
+    "_type", "betas", "cache_control", "default_request_timeout", "effort", "extra_headers", "extra_query", "frequency_penalty",
+    "headers", "include", "inference_geo", "logit_bias", "logprobs", "max_retries", "metadata", "model", "model_name",
+    "parallel_tool_calls", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "reasoning", "reasoning_effort",
+    "safety_identifier", "seed", "service_tier", "stop", "stop_sequences", "store", "stream", "stream_options", "stream_usage",
+    "streaming", "strict", "temperature", "timeout", "top_k", "top_logprobs", "top_p", "truncation", "user", "verbosity",
 })  # fmt: skip
-"""Parameters that few requests have; without any of them, only the limits need reading."""
+"""Parameters that a model does not read. Whatever else a request carries may be billed as input; most requests carry nothing."""
+_READ_ELSEWHERE = frozenset({
+    *_NO_TEXT, *_NESTED, "n", "tools", "tool_choice", "thinking", "ls_structured_output_format", "use_previous_response_id",
+})  # fmt: skip
 _SENT_BESIDE = ("tool_calls", "invalid_tool_calls", "tool_call_id", "name")
 _PLAIN = frozenset({HumanMessage, SystemMessage})
 
@@ -76,10 +86,12 @@ def answers_of(params: Mapping[str, Any]) -> int:
 
 
 def schemas_of(params: Mapping[str, Any]) -> Sequence[object]:
-    """What is sent beside the messages and billed as input: tools, functions, response formats."""
+    """What is sent beside the messages and billed as input: tools, response formats, instructions, and what is not known here."""
     tools = params.get("tools")
     others = [
-        _schema(params[key]) for key in _SCHEMAS if params.get(key) is not None
+        _schema(value)
+        for key, value in params.items()
+        if key not in _READ_ELSEWHERE and value is not None and not isinstance(value, (bool, int, float))
     ]
     if others:
         return [*(tools or ()), *others]
@@ -89,6 +101,8 @@ def schemas_of(params: Mapping[str, Any]) -> Sequence[object]:
 def is_unbounded(params: Mapping[str, Any]) -> bool:
     """Tell whether the request refers to text that is not in it, or uses tools that run at the provider."""
     if any(params.get(key) is not None for key in _UNBOUNDED) or params.get("use_previous_response_id"):
+        return True
+    if any(is_opaque(params[key]) for key in _MESSAGES if key in params):
         return True
     tools = params.get("tools")
     if not isinstance(tools, (list, tuple)):
@@ -126,16 +140,26 @@ class Facts(NamedTuple):
 
 def facts_of(params: Mapping[str, Any]) -> Facts:
     """Read the parameters of a request."""
-    if _RARE.isdisjoint(params):
+    if _NO_TEXT.issuperset(params):
         return Facts(_largest(params))
+    own, extra = params.get("model_kwargs"), params.get("extra_body")
+    # The extra body is merged into the request last, whatever it holds.
+    sent = {**(own if isinstance(own, Mapping) else {}), **params, **(extra if isinstance(extra, Mapping) else {})}
     return Facts(
         largest_limit(params),
         answers_of(params),
-        schemas_of(params),
-        is_unbounded(params),
-        wants_whole_answer(params),
-        thinking_tokens(params),
+        schemas_of(sent),
+        is_unbounded(sent),
+        wants_whole_answer(sent),
+        thinking_tokens(sent),
     )
+
+
+def model_of(params: Mapping[str, Any]) -> str | None:
+    """Find the model that a request names beside the one that it was built for."""
+    extra = params.get("extra_body")
+    model = (extra.get("model") if isinstance(extra, Mapping) else None) or params.get("model")
+    return model if isinstance(model, str) else None
 
 
 def _largest(params: Mapping[str, Any]) -> int | None:
@@ -151,8 +175,9 @@ def _item(content: object, fields: Mapping[str, Any]) -> object:
     parts = [fields[name] for name in _SENT_BESIDE if fields.get(name)]
     extra = fields["additional_kwargs"]
     if extra:
-        # The same tool calls stand there once more, as the provider wrote them.
-        rest = {key: value for key, value in extra.items() if key not in {"tool_calls", "refusal"}}
+        # The same tool calls stand there once more, as the provider wrote them; else they are sent from there.
+        told = {"tool_calls", "refusal"} if fields.get("tool_calls") or fields.get("invalid_tool_calls") else {"refusal"}
+        rest = {key: value for key, value in extra.items() if key not in told}
         if rest:
             parts.append(rest)
     return (content, *parts) if parts else content
@@ -160,5 +185,30 @@ def _item(content: object, fields: Mapping[str, Any]) -> object:
 
 def _schema(value: object) -> object:
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
-        return value.model_json_schema()
+        return _strict_schema(value)
     return value
+
+
+@functools.lru_cache(maxsize=128)
+def _strict_schema(model: Any) -> object:
+    """Write a model's schema as OpenAI's SDK sends it: every object closed, its references with siblings written out."""
+    root = model.model_json_schema()
+    return {"name": model.__name__, "strict": True, "type": "json_schema", "schema": _closed(root, root)}
+
+
+def _closed(schema: object, root: Mapping[str, Any]) -> object:
+    if isinstance(schema, list):
+        return [_closed(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and len(schema) > 1:
+        found: Any = root
+        for name in reference.removeprefix("#/").split("/"):
+            found = found[name]
+        schema = {**found, **{key: value for key, value in schema.items() if key != "$ref"}}
+        return _closed(schema, root)
+    closed = {key: _closed(value, root) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        closed |= {"additionalProperties": False, "required": list(schema["properties"])}
+    return closed

@@ -38,8 +38,7 @@ class Tracker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._branches: dict[UUID, Branch] = {}
-        self._tickets: dict[UUID, tuple[Ticket, Branch | None]] = {}
-        self._opening: set[UUID] = set()
+        self._tickets: dict[UUID, tuple[Ticket, Branch | None] | None] = {}
 
     def branch(self, run_id: UUID | None) -> Branch | None:
         """Find a branch that is running."""
@@ -71,37 +70,39 @@ class Tracker:
 
     def begin_ticket(self, run_id: UUID) -> bool:
         """Claim the right to open the ticket of a call; ``False`` when another handler has it already."""
+        if run_id in self._tickets:
+            return False
         with self._lock:
-            if run_id in self._opening or run_id in self._tickets:
+            if run_id in self._tickets:
                 return False
-            self._opening.add(run_id)
+            self._tickets[run_id] = None
             return True
 
     def add_ticket(self, run_id: UUID, ticket: Ticket | None, branch: Branch | None) -> None:
         """Keep the ticket of a call until it ends; ``None`` when the call was refused, which ends the claim."""
-        with self._lock:
-            self._opening.discard(run_id)
-            if ticket is None:
-                return
-            self._tickets[run_id] = ticket, branch
-            if branch is not None:
+        if ticket is None:
+            self._tickets.pop(run_id, None)
+            return
+        self._tickets[run_id] = ticket, branch
+        if branch is not None:
+            with self._lock:
                 branch.tickets[run_id] = ticket
 
     def take_ticket(self, run_id: UUID) -> Ticket | None:
         """Give the ticket of a call that has ended, once."""
-        with self._lock:
-            found = self._tickets.pop(run_id, None)
-            if found is None:
-                return None
-            ticket, branch = found
-            if branch is not None:
+        found = self._tickets.pop(run_id, None)  # one operation: whoever gets it is the only one
+        if found is None:
+            return None
+        ticket, branch = found
+        if branch is not None:
+            with self._lock:
                 branch.tickets.pop(run_id, None)
-            return ticket
+        return ticket
 
     def forget_closed(self) -> None:
         """Drop tickets that the end of a run, or their time, has closed: nothing told LangChain's end of them."""
         with self._lock:
-            closed = [run_id for run_id, (ticket, _) in self._tickets.items() if not ticket.is_open]
+            closed = [run_id for run_id, found in self._tickets.copy().items() if found is not None and not found[0].is_open]
         for run_id in closed:
             self.take_ticket(run_id)
 

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 
-from clevagent_core.budgets import Amounts
+from clevagent_core.budgets import UNITS, USD, Amounts
 from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import (
@@ -22,6 +22,7 @@ from clevagent_core.ledger.account import (
     Refusal,
     StaleAccount,
 )
+from clevagent_core.money import format_usd
 
 _EVICT_FROM = 1024
 """The number of accounts from which opening another one looks for some to take out."""
@@ -49,9 +50,9 @@ class MemoryLedger:
                 account = self._accounts[key] = Account(key, ceiling=ceiling, keep=keep, warn_mark=warn_mark, ends_at=ends_at)
             elif account.granted != ceiling or account.keep != keep:
                 raise UsageError(
-                    f"The budget {key.budget!r} is already in use with a ceiling of {account.granted} (keeping {account.keep}) for "
-                    f"{key.key!r}, and is now given with {ceiling} (keeping {keep}). One account cannot have two ceilings: give the "
-                    "budgets different names, or raise the ceiling with top_up()."
+                    f"The budget {key.budget!r} is already in use for {key.key!r} with a ceiling of "
+                    f"{_ceiling(key, account.granted, account.keep)}, and is now given with {_ceiling(key, ceiling, keep)}. "
+                    "One account cannot have two ceilings: give the budgets different names, or raise the ceiling with top_up()."
                 )
             return account
 
@@ -211,6 +212,12 @@ class MemoryLedger:
         for account in self._accounts.values():
             account.closed = True
         self._accounts, self._holds = {}, {}
+
+
+def _ceiling(key: AccountKey, ceiling: int, keep: int) -> str:
+    if key.unit != USD:
+        return f"{ceiling:,} {UNITS[key.unit].replace('_', ' ')}"
+    return format_usd(ceiling) + (f" (keeping {format_usd(keep)})" if keep else "")
 
 
 def _balance(account: Account) -> Balance:

@@ -84,7 +84,7 @@ def test_usage_that_an_sdk_error_carries_is_settled(provider, chat, config, ends
     class Answer(BaseModel):
         text: str
 
-    class LengthLimited(Exception):  # noqa: N818 - as in OpenAI's SDK
+    class LengthLimited(Exception):
         def __init__(self, usage):
             self.completion = type("Completion", (), {"usage": usage})()
 
@@ -99,7 +99,7 @@ def test_usage_that_an_sdk_error_carries_is_settled(provider, chat, config, ends
             raise LengthLimited(Usage())
 
     with pytest.raises(LengthLimited):
-        Raising(**{"model": "gpt-4o", "api_key": "test", "base_url": provider.openai_url, "max_tokens": 9}).invoke("Hello", config)
+        Raising(model="gpt-4o", api_key="test", base_url=provider.openai_url, max_tokens=9).invoke("Hello", config)
     assert ends() == (5 * 2_500_000 + 9 * 10_000_000, 0, 0, 0)
 
 
@@ -397,6 +397,7 @@ def test_a_call_given_up_inside_a_node_that_goes_on_is_charged_at_the_end_of_the
 
 
 def test_a_chain_stream_that_is_closed(aio, provider, chat, clocked, balance):
+    """Nothing is told when it is closed; where the loop lives on, the generators inside are closed by it, and tell."""
     clock, one = clocked
     provider.reset([Reply(text="0123456789", chunks=10, chunk_delay_s=0.001)])
 
@@ -466,6 +467,28 @@ def test_another_handler_that_raises_after_ours_inside_a_chain(aio, provider, ch
         run(aio, is_async, chat(max_tokens=9) | StrOutputParser(), "Hello", config)
     assert provider.request_count == 0
     assert (balance(one).held, tracker_of(one).size()) == (0, 0)
+
+
+class BrokenChain(BaseCallbackHandler):
+    """Another handler, which raises after ours began a run for a chain."""
+
+    raise_error = True
+
+    def on_chain_start(self, *args, **kwargs):
+        raise RuntimeError("broken")
+
+
+@both
+def test_another_handler_that_raises_when_a_chain_starts(aio, provider, chat, watchdog, is_async):
+    """Nobody ends such a chain: its run stays open until the watchdog is shut down, and holds nothing."""
+    one = watchdog(budgets=[MONEY])
+    config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one), BrokenChain()]}
+    with pytest.raises(RuntimeError, match="broken"):
+        run(aio, is_async, chat(max_tokens=9) | StrOutputParser(), "Hello", config)
+    assert provider.request_count == 0
+    assert one.ledger.holds() == []
+    one.shutdown()
+    assert not one._active
 
 
 @both
@@ -538,17 +561,18 @@ def test_a_cancelled_tool(aio, watchdog, balance):
     clock = FakeClock()
     one = watchdog(budgets=[Budget(tool_calls=2, per="lifetime")], clock=clock, hold_s=60)
 
-    @tool
-    async def act(word: str) -> str:
-        """Act."""
-        await asyncio.Event().wait()
-        return word
-
     async def work():
+        is_running = asyncio.Event()
+
+        @tool
+        async def act(word: str) -> str:
+            """Act."""
+            is_running.set()
+            await asyncio.Event().wait()
+            return word
+
         task = asyncio.ensure_future(act.ainvoke({"word": "a"}, {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}))
-        while not one.process_run.used:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await is_running.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -155,8 +155,33 @@ def test_a_refusal_of_the_second_watchdog_is_charged_to_the_first_at_the_end_of_
     assert balance(left).held == balance(right).held == 0
 
 
-def test_a_handler_is_free_to_make_and_holds_no_state():
-    assert vars(ClevAgentCallbackHandler()) == {"_own": None}
+def test_what_is_counted_does_not_stand_in_the_handler(provider, chat, watchdog):
+    """LangChain makes, copies and discards handlers as it likes: a new one for each call counts on."""
+    one = watchdog(budgets=[Budget(llm_calls=2, per="lifetime")])
+    for _ in range(2):
+        chat(max_tokens=9).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
+    with pytest.raises(BudgetExceeded):
+        chat(max_tokens=9).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
+    assert provider.request_count == 2
+
+
+def test_the_first_use_of_one_handler_by_many_threads(provider, chat, watchdog, balance):
+    for _ in range(5):
+        one = watchdog(budgets=[MONEY])
+        config, model = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}, chat(max_tokens=9)
+        provider.reset()
+        barrier = threading.Barrier(8)
+
+        def work(config=config, model=model, barrier=barrier):
+            barrier.wait()
+            model.invoke("Hello", config)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (balance(one).spent, balance(one).held, tracker_of(one).size()) == (provider.billed_pico, 0, 0)
 
 
 def test_two_threads_that_see_one_start_at_once_open_one_ticket():

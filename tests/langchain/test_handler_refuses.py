@@ -199,7 +199,9 @@ def test_bound_tools(aio, provider, chat, watchdog, way):
     passes_once_then_refuses(aio, provider, way, chat(max_tokens=9).bind_tools([lookup]), "Hello", {"callbacks": [handler]})
 
 
-@pytest.mark.parametrize("way", [invoke, stream, batch, ainvoke, astream, abatch, astream_events_v2, astream_events_v3, stream_events_v3])
+@pytest.mark.parametrize(
+    "way", [invoke, stream, batch, ainvoke, astream, abatch, astream_events_v2, astream_events_v3, stream_events_v3]
+)
 @pytest.mark.parametrize("is_async", [False, True])
 def test_graph_nodes(aio, provider, chat, watchdog, way, is_async):
     if is_async and not asyncio.iscoroutinefunction(way):
@@ -209,7 +211,9 @@ def test_graph_nodes(aio, provider, chat, watchdog, way, is_async):
     passes_once_then_refuses(aio, provider, way, graph, {"messages": [HumanMessage("Hello")]}, {"callbacks": [handler]})
 
 
-@pytest.mark.parametrize("way", [invoke, stream, batch, ainvoke, astream, abatch, astream_events_v2, astream_events_v3, stream_events_v3])
+@pytest.mark.parametrize(
+    "way", [invoke, stream, batch, ainvoke, astream, abatch, astream_events_v2, astream_events_v3, stream_events_v3]
+)
 def test_agents(aio, provider, chat, watchdog, way):
     handler = ClevAgentCallbackHandler(watchdog=watchdog(budgets=[ONE]))
     agent = create_agent(chat(max_tokens=9), [lookup])
@@ -401,7 +405,13 @@ def test_an_agent_inside_a_tool_of_an_agent_counts_against_the_same_run(aio, pro
     provider.reset(lambda body: Reply(tool_calls=[(act.name, {"task": "t"})]) if body.get("tools") else Reply())
     one = watchdog(budgets=[Budget(llm_calls=3)])
     with pytest.raises(BudgetExceeded) as caught:
-        go(aio, way, create_agent(chat(max_tokens=9), [act]), {"messages": [HumanMessage("Hi")]}, {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
+        go(
+            aio,
+            way,
+            create_agent(chat(max_tokens=9), [act]),
+            {"messages": [HumanMessage("Hi")]},
+            {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]},
+        )
     assert provider.request_count == 3
     assert caught.value.spent + caught.value.held == 3
     assert one.ledger.holds() == []
@@ -480,10 +490,14 @@ def test_a_decision_model_is_asked_for_as_a_chain_of_type_llm(watchdog):
     one = watchdog(budgets=[ONE])
     handler = ClevAgentCallbackHandler(watchdog=one)
     first = uuid4()
-    handler.on_chain_start({"name": "decider"}, {"question": "?"}, run_id=first, run_type="llm", metadata={"ls_model_name": "gpt-4o"})
+    handler.on_chain_start(
+        {"name": "decider"}, {"question": "?"}, run_id=first, run_type="llm", metadata={"ls_model_name": "gpt-4o"}
+    )
     handler.on_chain_end({}, run_id=first)
     with pytest.raises(BudgetExceeded):
-        handler.on_chain_start({"name": "decider"}, {"question": "?"}, run_id=uuid4(), run_type="llm", metadata={"ls_model_name": "gpt-4o"})
+        handler.on_chain_start(
+            {"name": "decider"}, {"question": "?"}, run_id=uuid4(), run_type="llm", metadata={"ls_model_name": "gpt-4o"}
+        )
     summary = one.process_run.summary()
     assert (summary.by_model["gpt-4o"].calls, summary.calls_charged_at_bound, summary.refusals) == (1, 1, 1)
 

@@ -159,7 +159,9 @@ def test_tool_retry_middleware(aio, provider, chat, watchdog, is_async):
     provider.reset([Reply(tool_calls=[("act", {"word": "a"})])])
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=watchdog(budgets=[Budget(tool_calls=1)]))]}
     agent = create_agent(
-        chat(max_tokens=9), [act], middleware=[ToolRetryMiddleware(max_retries=2, initial_delay=0, jitter=False, on_failure="continue")]
+        chat(max_tokens=9),
+        [act],
+        middleware=[ToolRetryMiddleware(max_retries=2, initial_delay=0, jitter=False, on_failure="continue")],
     )
     with pytest.raises(BudgetExceeded, match=r"model call.*tool calls"):
         run(aio, is_async, agent, HELLO, config)
@@ -178,7 +180,9 @@ def test_tool_retry_middleware_around_a_tool_whose_model_is_refused(aio, provide
     provider.reset(lambda body: Reply(tool_calls=[("act", {"word": "a"})]) if body.get("tools") else Reply())
     one = watchdog(budgets=[Budget(llm_calls=2)])
     agent = create_agent(
-        chat(max_tokens=9), [act], middleware=[ToolRetryMiddleware(max_retries=2, initial_delay=0, jitter=False, on_failure="continue")]
+        chat(max_tokens=9),
+        [act],
+        middleware=[ToolRetryMiddleware(max_retries=2, initial_delay=0, jitter=False, on_failure="continue")],
     )
     with pytest.raises(BudgetExceeded):
         run(aio, is_async, agent, HELLO, {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
@@ -292,7 +296,9 @@ def test_a_batch_that_returns_exceptions_goes_on_for_nobody(aio, provider, chat,
 
 def test_the_sdks_own_retries_are_one_call_to_a_handler(provider, chat, watchdog, balance):
     """Three requests, one reservation: why max_retries=0, or guard(model), is asked for."""
-    provider.reset([Reply(status=500, headers={"retry-after-ms": "1"}), Reply(status=500, headers={"retry-after-ms": "1"}), Reply()])
+    provider.reset(
+        [Reply(status=500, headers={"retry-after-ms": "1"}), Reply(status=500, headers={"retry-after-ms": "1"}), Reply()]
+    )
     one = watchdog(budgets=[Budget(usd=1, per="lifetime")])
     chat(max_tokens=9, max_retries=2).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
     assert provider.request_count == 3

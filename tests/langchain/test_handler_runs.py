@@ -214,7 +214,11 @@ def test_by_tool(aio, provider, chat, watchdog, runs, is_async):
         """Research."""
         return inner.invoke(task)
 
-    provider.reset(lambda body: Reply(tool_calls=[("research", {"task": "t"})]) if len(body["messages"]) == 1 and body.get("tools") else Reply())
+    provider.reset(
+        lambda body: (
+            Reply(tool_calls=[("research", {"task": "t"})]) if len(body["messages"]) == 1 and body.get("tools") else Reply()
+        )
+    )
     one = watchdog(plugins=[runs], budgets=[Budget(usd=1)])
     agent = create_agent(chat(max_tokens=9), [research])
     run(aio, is_async, agent, HELLO, {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})

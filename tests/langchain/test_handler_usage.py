@@ -237,7 +237,9 @@ def test_usage_that_stands_in_the_result_only(one, config, balance, output):
     assert (balance(one).spent, balance(one).held) == (5 * IN + 3 * OUT, 0)
 
 
-@pytest.mark.parametrize("output", [None, {}, {"token_usage": {}}, {"token_usage": None}, {"usage": "much"}, {"model_name": "gpt-4o"}])
+@pytest.mark.parametrize(
+    "output", [None, {}, {"token_usage": {}}, {"token_usage": None}, {"usage": "much"}, {"model_name": "gpt-4o"}]
+)
 def test_usage_that_stands_nowhere(one, config, balance, output):
     Odd(output=output).invoke("Hello", config)
     assert balance(one).held == 0
@@ -249,7 +251,12 @@ def test_traps_of_usage_metadata():
     assert from_metadata({"input_tokens": 100, "output_tokens": 1, "total_tokens": 101, "input_token_details": hour}) == Usage(
         input_tokens=100, output_tokens=1, cache_read_tokens=10, cache_write_tokens=50, cache_write_1h_tokens=30
     )
-    tiered = {"input_tokens": 100, "output_tokens": 9, "input_token_details": {"priority_cache_read": 10}, "output_token_details": {"flex_reasoning": 4}}
+    tiered = {
+        "input_tokens": 100,
+        "output_tokens": 9,
+        "input_token_details": {"priority_cache_read": 10},
+        "output_token_details": {"flex_reasoning": 4},
+    }
     assert from_metadata(tiered) == Usage(input_tokens=100, output_tokens=9, cache_read_tokens=10, reasoning_tokens=4)
     # xAI: reasoning is in the total only.
     assert from_metadata({"input_tokens": 10, "output_tokens": 5, "total_tokens": 115}) == Usage(input_tokens=10, output_tokens=105)
@@ -273,7 +280,9 @@ def test_an_end_that_cannot_be_read_is_charged(one, config, balance, chat, provi
     from uuid import uuid4  # noqa: PLC0415
 
     handler, run_id = config["callbacks"][0], uuid4()
-    handler.on_chat_model_start({}, [[HumanMessage("Hello")]], run_id=run_id, metadata={"ls_model_name": "gpt-4o"}, invocation_params={})
+    handler.on_chat_model_start(
+        {}, [[HumanMessage("Hello")]], run_id=run_id, metadata={"ls_model_name": "gpt-4o"}, invocation_params={}
+    )
     handler.on_llm_end(LLMResult(generations=[[]]).model_copy(update={"generations": [None]}), run_id=run_id)
     assert balance(one).held == 0
     assert balance(one).spent >= 4096 * OUT
@@ -424,10 +433,7 @@ def test_the_bound_is_no_less_than_what_is_billed_by_the_byte(provider, chat, wa
     one = watchdog(budgets=[MONEY])
     provider.reset([Reply(usage=False, text='{"text": "ok"}')])
     model = chat(max_tokens=9)
-    if is_bound:
-        model = model.bind_tools([lookup, Answer])
-    else:
-        model = model.with_structured_output(Answer, method="json_schema")
+    model = model.bind_tools([lookup, Answer]) if is_bound else model.with_structured_output(Answer, method="json_schema")
     history = [
         HumanMessage("Grüße, 你好, ﷺ " * 5),
         AIMessage("", tool_calls=[{"name": "lookup", "args": {"word": "ü" * 40}, "id": "call_1"}]),
@@ -536,10 +542,11 @@ def test_a_model_without_a_name_is_refused_under_a_budget_in_dollars(one, config
         FakeListChatModel(responses=["a"]).invoke("Hello", config)
 
 
-def test_a_model_without_a_name_counts_as_a_call(watchdog, balance):
+def test_a_model_without_a_name_counts_as_a_call(watchdog, watch, balance):
     from langchain_core.language_models import FakeListChatModel  # noqa: PLC0415
 
-    one = watchdog(budgets=[Budget(llm_calls=5, per="lifetime")])
+    one = watchdog(budgets=[Budget(llm_calls=5, per="lifetime")], plugins=[watch])
     FakeListChatModel(responses=["a"]).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
     assert balance(one).spent == 1
-    assert one.process_run.summary().unpriced_calls == 1
+    assert one.process_run.summary().calls_charged_at_bound == 1
+    assert watch.outcomes[0].cost_pico is None

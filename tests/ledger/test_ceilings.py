@@ -592,6 +592,10 @@ def test_what_is_kept_is_for_the_wrap_up_only(clock: FakeClock) -> None:
             run.open(ask(limit=1))
         with run.wrap_up():
             run.open(ask(limit=20)).settle(Usage(input_tokens=20, output_tokens=20))
+            clamped = run.open(ask(limit=400, clamp=True, min_output_tokens=1))
+            # $0.00008 is left: 20 tokens in, as the provider counted them before, and 30 out.
+            assert clamped.max_output_tokens == 30
+            clamped.release()
             with pytest.raises(BudgetExceeded):
                 run.open(ask(limit=400))
         assert spent_by_unit(run.summary()) == {"usd": (120e-6, 0)}

@@ -1,0 +1,46 @@
+"""What every test stands on: no settings from outside, no connection beyond this machine, and a clock that a test moves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import clevagent
+from clevagent.testing import FakeClock
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+@pytest.fixture(autouse=True)
+def _a_process_without_clevagent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin without ``CLEVAGENT_*`` in the environment, and end without a watchdog of the process."""
+    for name in [name for name in os.environ if name.startswith("CLEVAGENT_")]:
+        monkeypatch.delenv(name)
+    yield
+    clevagent.shutdown()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_connection_beyond_this_machine() -> Iterator[None]:
+    """Refuse every ``connect`` to an address that is not loopback: the one place where the network is blocked."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            original = getattr(socket.socket, name)
+
+            def connect(self: socket.socket, address: Any, *, _original: Any = original) -> Any:
+                if self.family in {socket.AF_INET, socket.AF_INET6} and address[0] not in _LOOPBACK:
+                    raise RuntimeError(f"a test tried to connect to {address!r}; tests talk to this machine only")
+                return _original(self, address)
+
+            patch.setattr(socket.socket, name, connect)
+        yield
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock that stands at the beginning of 2026 until the test moves it."""
+    return FakeClock()
