@@ -180,8 +180,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             # Decision models (langchain-core 1.8) come this way.
             self._open_llm(serialized, [inputs], run_id, parent_run_id, metadata, kwargs)
             return
+        tracker = self._tracker()
+        if tracker.branch(run_id) is not None:
+            return  # another handler has noted it
         watchdog = self._watchdog()
-        tracker = tracker_of(watchdog)
         parent = tracker.branch(parent_run_id)
         if parent is not None:
             tracker.start(run_id, parent, watchdog.current.get() or parent.run, is_root=False, tool=parent.tool)

@@ -160,10 +160,9 @@ def _generate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._generate  # noqa: SLF001 - the method that is overridden
-    if run_manager is not None and _takes_run_manager(base):
-        kwargs["run_manager"] = run_manager
+    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
     if _inside.get() is self:
-        return base(self, messages, stop=stop, **kwargs)
+        return base(self, messages, stop=stop, **manager, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
@@ -171,7 +170,7 @@ def _generate(
         ticket = run.open(call, guard.budgets)
         token = _inside.set(self)
         try:
-            result = base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+            result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise
@@ -192,10 +191,9 @@ async def _agenerate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._agenerate  # noqa: SLF001 - the method that is overridden
-    if run_manager is not None and _takes_run_manager(base):
-        kwargs["run_manager"] = run_manager
+    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
     if _inside.get() is self:
-        return await base(self, messages, stop=stop, **kwargs)
+        return await base(self, messages, stop=stop, **manager, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
@@ -203,7 +201,7 @@ async def _agenerate(
         ticket = await run.aopen(call, guard.budgets)
         token = _inside.set(self)
         try:
-            result = await base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+            result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise

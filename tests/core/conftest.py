@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clevagent import Price, Watchdog, hookimpl
+from clevagent import LLMCall, Price, Run, Usage, Watchdog, hookimpl
 from clevagent.testing import FakeClock
 
 Make = Callable[..., Watchdog]
@@ -73,15 +73,21 @@ def heard() -> Heard:
     return Heard()
 
 
-def llm(tokens: int = 1, *, model: str = "cent", **fields: Any) -> Any:
-    """A call that may write ``tokens`` tokens: as many cents."""
-    from clevagent import LLMCall  # noqa: PLC0415 - beside its only use
+@pytest.fixture
+def llm() -> Callable[..., LLMCall]:
+    """Make calls that may write so many tokens: as many cents."""
 
-    return LLMCall(model=model, input=["hello"], max_output_tokens=tokens, **fields)
+    def llm(tokens: int | None = 1, *, model: str = "cent", **fields: Any) -> LLMCall:
+        return LLMCall(model=model, input=["hello"], max_output_tokens=tokens, **fields)
+
+    return llm
 
 
-def spend(run: Any, cents: int, **fields: Any) -> None:
-    """Make a call that costs this many cents, through the run's own door."""
-    from clevagent import Usage  # noqa: PLC0415 - beside its only use
+@pytest.fixture
+def spend(llm: Callable[..., LLMCall]) -> Callable[..., None]:
+    """Make a call that costs so many cents, in a run."""
 
-    run.open(llm(cents, **fields)).settle(Usage(input_tokens=1, output_tokens=cents))
+    def spend(run: Run, cents: int = 1, **fields: Any) -> None:
+        run.open(llm(cents, **fields)).settle(Usage(input_tokens=1, output_tokens=cents))
+
+    return spend

@@ -137,19 +137,14 @@ def test_a_raw_thread_inside_a_root_invocation(provider, chat):
 
 
 @both
-def test_handlers_of_the_users_own_are_counted_with_it_once(aio, provider, chat, is_async):
+def test_handlers_of_the_users_own_are_counted_with_it_once(aio, provider, chat, balance, is_async):
     one = clevagent.init(attach=["langchain"], budgets=[Budget(usd=1, per="lifetime")])
     model = chat(max_tokens=9, callbacks=[ClevAgentCallbackHandler()])
     chain = (model | StrOutputParser()).with_config(callbacks=[ClevAgentCallbackHandler(watchdog=one)])
     run(aio, is_async, chain, "Hello", {"callbacks": [ClevAgentCallbackHandler()]})
-    (state,) = one.process_run.summary().budgets or _budgets(one)
-    assert (state.spent, state.held) == (float(provider.billed_usd), 0)
+    assert (balance(one).spent, balance(one).held) == (provider.billed_pico, 0)
     assert tracker_of(one).size() == 0
-
-
-def _budgets(one):
-    with one.run() as probe, clevagent.tool_call("probe"):
-        return probe.summary().budgets
+    assert not one._active
 
 
 @both

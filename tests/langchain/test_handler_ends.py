@@ -654,7 +654,6 @@ def test_a_refusal_leaves_nothing_behind(aio, provider, chat, watchdog):
         with pytest.raises(BudgetExceeded):
             aio(model.ainvoke("Hello", config))
     assert tracker_of(one).size() == 0
-    assert tracker_of(one)._opening == set()
     assert one.ledger.holds() == []
 
 

@@ -75,6 +75,35 @@ def test_a_refusal_is_counted_once(aio, provider, chat, watchdog, is_async, plac
     assert one.ledger.holds() == []
 
 
+class Runs:
+    """Counts the runs that begin and end."""
+
+    def __init__(self):
+        self.started, self.ended = [], []
+
+    @hookimpl
+    def clevagent_run_started(self, run):
+        self.started.append(run)
+
+    @hookimpl
+    def clevagent_run_ended(self, run, summary):
+        self.ended.append(run)
+
+
+@both
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_root_invocation_begins_one_run(aio, provider, chat, watchdog, is_async, instances):
+    runs = Runs()
+    one = watchdog(plugins=[runs])
+    first = ClevAgentCallbackHandler(watchdog=one)
+    second = first if instances == 1 else ClevAgentCallbackHandler(watchdog=one)
+    chain = (chat(max_tokens=9) | StrOutputParser()).with_config(callbacks=[first])
+    run(aio, is_async, chain, "Hello", {"callbacks": [first, second]})
+    assert len(runs.started) == 1
+    assert runs.ended == runs.started
+    assert not one._active
+
+
 @both
 def test_streams_are_counted_once(aio, provider, chat, one, balance, is_async):
     first, second = ClevAgentCallbackHandler(watchdog=one), ClevAgentCallbackHandler(watchdog=one)
