@@ -182,7 +182,10 @@ def realistic_rows() -> bool:
 
                 with clevagent.run(budgets=[Budget(usd=ceiling)]), ThreadPoolExecutor(workers) as pool:
                     # More conversations than the ceiling can pay for.
-                    futures = [pool.submit(contextvars.copy_context().run, attempt, lambda i=i: conversation(i)) for i in range(workers * 12)]
+                    futures = [
+                        pool.submit(contextvars.copy_context().run, attempt, lambda i=i: conversation(i))
+                        for i in range(workers * 12)
+                    ]
                     for future in futures:
                         future.result()
                 share = provider.billed_pico / (ceiling * 1e12)

@@ -248,7 +248,11 @@ def langchain() -> None:
         row("40 KB of new prompt against 180 B, added", f"{extra:.1f} us", "<= +60 us")
         del fresh
 
-        for name, what, config in (("no-op handler", model, noop), ("ClevAgentCallbackHandler", model, ours), ("guard(model)", guarded, None)):
+        for name, what, config in (
+            ("no-op handler", model, noop),
+            ("ClevAgentCallbackHandler", model, ours),
+            ("guard(model)", guarded, None),
+        ):
             for _ in range(500):
                 what.invoke(prompt, config)
             gc.collect()

@@ -30,7 +30,9 @@ from clevagent_core.doors import OpenLLMCall, OpenToolCall
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, ClevAgentError, PluginError, Stopped, UsageError
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.pricing import Price
-from clevagent_core.runs import BudgetState, Outcome, Remaining, Run, RunSummary, Spend, Ticket
+from clevagent_core.runs import Run
+from clevagent_core.summaries import BudgetState, Remaining, RunSummary, Spend
+from clevagent_core.tickets import Outcome, Ticket
 from clevagent_core.verdicts import Incident, Stop, Warn
 from clevagent_core.watchdog import Watchdog
 

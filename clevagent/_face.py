@@ -68,9 +68,7 @@ def run(
     return RunBlock(default.current, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
 
 
-def guard(
-    obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None = None, watchdog: Watchdog | None = None
-) -> T:
+def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None = None, watchdog: Watchdog | None = None) -> T:
     """Make ``obj`` ask before each call that costs something. Gives back a guarded copy of the same type.
 
     Args:

@@ -124,9 +124,7 @@ def tell_notices(run: Run, notices: Sequence[Notice]) -> None:
 def _open(run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread_id: str | None) -> Account:
     watchdog = run.watchdog
     window = window_at(budget.per, watchdog.clock.wall())
-    key = AccountKey(
-        budget.label, unit, budget.key(run_id=anchor.run_id, thread_id=thread_id, tags=run.tags), window.label
-    )
+    key = AccountKey(budget.label, unit, budget.key(run_id=anchor.run_id, thread_id=thread_id, tags=run.tags), window.label)
     is_own = budget.per == "run"
     account = anchor.accounts.get(key) if is_own else None
     if account is None or account.closed:
@@ -154,8 +152,5 @@ def _refuse_after_fork(pid: int, survives_fork: bool, budget: Budget) -> None:  
     raise UsageError(
         f"This process was forked from one whose budget {budget.label!r} is kept in memory: the two cannot see each other's "
         "spending, so the ceiling could be passed and the call was refused. Give the child a ceiling of its own: call "
-        "clevagent.shutdown() and clevagent.init(...) in it, open a clevagent.run(budgets=[...]) in it, or start it with the "
-        "'spawn' method. For one ceiling over several processes, clevagent.init(ledger='sqlite:///path') is planned."
+        "clevagent.shutdown() and clevagent.init(...) in it, or start it with the 'spawn' method. For one ceiling over several processes, clevagent.init(ledger='sqlite:///path') is planned."
     )
-
-

@@ -9,6 +9,7 @@ turns, bound / real falls from 5.7 to 1.31 for English and from 3.3 to 1.14 for 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import threading
 import unicodedata
@@ -21,7 +22,8 @@ from clevagent_core.calls import Call, LLMCall
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from clevagent_core.runs import Outcome, Run
+    from clevagent_core.runs import Run
+    from clevagent_core.tickets import Outcome
 
 MESSAGE_OVERHEAD = 8
 """Tokens for the role and the separators of one message (OpenAI documents 3 or 4)."""
@@ -40,9 +42,7 @@ def text_bound(text: str) -> int:
         return len(text)
     raw = len(text.encode("utf-8", "surrogatepass"))
     # NFKC can make a character many (U+FDFA becomes 18), and Claude's public tokenizer applies it.
-    normalised = max(
-        len(unicodedata.normalize(form, text).encode("utf-8", "surrogatepass")) for form in ("NFC", "NFKC")
-    )
+    normalised = max(len(unicodedata.normalize(form, text).encode("utf-8", "surrogatepass")) for form in ("NFC", "NFKC"))
     return max(raw, normalised)
 
 

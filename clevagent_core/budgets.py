@@ -151,9 +151,9 @@ class Budget:
 
     def _describe(self) -> str:
         limits = " ".join(
-            f"${getattr(self, unit)}" if unit == "usd" else f"{getattr(self, unit)} {unit}"
-            for unit in UNITS
-            if getattr(self, unit) is not None
+            # As plain numbers: 5, 5.0 and "5.00" are one ceiling, and so have one name.
+            f"${Decimal(str(self.usd)).normalize():f}" if unit == USD else f"{ceiling} {UNITS[unit]}"
+            for unit, ceiling in self.limits()
         )
         scope = "".join(f" {word}={getattr(self, word)}" for word in ("node", "tool", "model", "by") if getattr(self, word))
         return f"{limits} per {self.per}{scope}"

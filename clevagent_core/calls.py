@@ -31,7 +31,7 @@ class LLMCall:
     most_output_tokens: int | None = None
     """With ``clamp``: what the model can write at most, when that is known."""
     clamp: bool = False
-    """Whether the caller sends the limit that :class:`~clevagent_core.runs.Ticket` grants."""
+    """Whether the caller sends the limit that :class:`~clevagent_core.tickets.Ticket` grants."""
     answers: int = 1
     """How many answers are asked for (``n``); each may be as long as the limit."""
     provider: str | None = None

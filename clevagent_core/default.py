@@ -57,7 +57,7 @@ def current() -> Watchdog:
 
 def shutdown() -> None:
     """Shut the process's watchdog down, if there is one."""
-    global _watchdog  # noqa: PLW0603 - one per process is what this module is for
+    global _watchdog
     with _lock:
         found, _watchdog = _watchdog, None
         atexit.unregister(shutdown)

@@ -8,7 +8,7 @@ from types import TracebackType
 from clevagent_core.bounds import is_opaque
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
-from clevagent_core.runs import Ticket
+from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
 
@@ -125,9 +125,7 @@ class LLMCallBlock:
         self._ticket = watchdog.current_run().open(self._call)
         return OpenLLMCall(self._ticket)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Charge the upper bound if nothing was told: the call may have been sent."""
         if self._ticket is not None:
             self._ticket.charge(error)
@@ -168,9 +166,7 @@ class ToolCallBlock:
         watchdog = self._watchdog()
         return self._entered(watchdog, await watchdog.current_run().aopen(self._call))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Tell that the tool has run, unless the block told otherwise."""
         if self._ticket is not None:
             # Not by token: a generator may be closed in another context than the one it was entered in.

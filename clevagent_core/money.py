@@ -50,9 +50,7 @@ def to_pico(usd: float | str | Decimal, *, what: str) -> int:
         raise UsageError(f"{what}={usd!r} is negative; money here is never below zero. Give a positive number of US dollars.")
     pico = int(amount * PICO_PER_USD)
     if pico > MAX_PICO:
-        raise UsageError(
-            f"{what}={usd!r} is more than a ledger can hold (${MAX_PICO / PICO_PER_USD:,.0f}). Give a smaller amount."
-        )
+        raise UsageError(f"{what}={usd!r} is more than a ledger can hold (${MAX_PICO / PICO_PER_USD:,.0f}). Give a smaller amount.")
     return pico
 
 

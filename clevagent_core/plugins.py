@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from clevagent_core.clock import Clock
     from clevagent_core.ledger.account import Ledger
     from clevagent_core.pricing import Rates
-    from clevagent_core.runs import Outcome, Reservation, Run, RunSummary, Ticket
+    from clevagent_core.runs import Run
+    from clevagent_core.summaries import RunSummary
+    from clevagent_core.tickets import Outcome, Reservation, Ticket
     from clevagent_core.verdicts import Incident, Verdict
     from clevagent_core.watchdog import Watchdog
 

@@ -11,300 +11,27 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from clevagent_core.accounts import accounts_of, record
-from clevagent_core.budgets import UNITS, USD, Budget
-from clevagent_core.calls import Call, LLMCall, Step, ToolCall, Usage
-from clevagent_core.clock import utc
+from clevagent_core.budgets import UNITS, Budget
+from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, Stopped, UsageError
-from clevagent_core.money import PICO_PER_USD, format_usd, to_pico, to_usd
+from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
-from clevagent_core.verdicts import Incident, Stop, Unit, Warn
+from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
+from clevagent_core.tickets import Reservation, Ticket, release_all
+from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
-    from clevagent_core.ledger.account import Account, AccountKey, Balance
+    from clevagent_core.ledger.account import Account, AccountKey
     from clevagent_core.plugins import Plugins
-    from clevagent_core.pricing import Rates
     from clevagent_core.watchdog import Watchdog
 
 logger = logging.getLogger("clevagent")
-
-_NO_USAGE = Usage()
-
-
-class Reservation(Protocol):
-    """What a guard holds for one call. Exactly one of its methods ends it; ``settle`` may also correct an earlier ``charge``."""
-
-    max_output_tokens: int | None
-    """The output limit that was reserved for, where the caller clamps; else ``None``."""
-
-    def settle(self, usage: Usage | None, cost_pico: int | None) -> int | None:
-        """The call ended. Without usage it costs its upper bound; returns that bound in pico-USD where it is known."""
-        ...
-
-    def release(self) -> None:
-        """The call was not sent."""
-        ...
-
-    def charge(self) -> int | None:
-        """The call may have been sent, and nobody can tell what it cost: it costs its upper bound, which is returned."""
-        ...
-
-
-class Outcome(NamedTuple):
-    """What became of a call."""
-
-    status: Literal["settled", "released", "charged"]
-    """``settled`` to its usage, ``released`` because it was not sent, ``charged`` its upper bound because it may have been."""
-    usage: Usage | None
-    """What the provider reported, where it did."""
-    cost_pico: int | None
-    """What it cost in pico-USD; ``None`` where no price is known."""
-    error: BaseException | None = None
-    """Why it failed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spend:
-    """What one model, node or tool, or a whole run, has used."""
-
-    calls: int = 0
-    cost_usd: float = 0.0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetState:
-    """One account of one budget, in the limit's own unit (US dollars for ``usd``)."""
-
-    budget: str
-    unit: Unit
-    key: str
-    window: str
-    ceiling: float
-    spent: float
-    held: float
-    latched: bool
-
-    @property
-    def overshoot(self) -> float:
-        """How much was billed past the ceiling; 0 when it held."""
-        return max(0.0, self.spent - self.ceiling)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Remaining:
-    """What the tightest budgets of a run leave; ``None`` where nothing limits."""
-
-    usd: float | None = None
-    tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    llm_calls: int | None = None
-    tool_calls: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """What a run has used, nested runs included. ``print`` it."""
-
-    run_id: str
-    agent: str
-    started_at: float
-    """Seconds since 1970 (UTC)."""
-    ended_at: float | None
-    total: Spend
-    """Model calls; their cost includes what is charged at its upper bound, and what ``log_cost`` told."""
-    tool_calls: int
-    refusals: int
-    """Calls that a guard refused, each repetition counted."""
-    clamped_calls: int
-    """Model calls whose output limit was lowered to what was left."""
-    calls_charged_at_bound: int
-    """Calls that may have been sent and whose usage nobody told."""
-    unpriced_calls: int
-    """Model calls whose model has no known price: they count 0 US dollars."""
-    by_model: Mapping[str, Spend] = field(default_factory=dict)
-    by_node: Mapping[str, Spend] = field(default_factory=dict)
-    by_tool: Mapping[str, Spend] = field(default_factory=dict)
-    """For each tool its own calls, and what model calls inside it cost."""
-    budgets: Sequence[BudgetState] = ()
-    held_usd: float = 0.0
-    """What calls in flight hold of the tightest budget in US dollars."""
-    overshoot_usd: float = 0.0
-    """The largest amount by which a budget was passed; 0 when every ceiling held."""
-
-    def __str__(self) -> str:
-        """Write the summary as a short table."""
-        return _table(self)
-
-
-class _Tally:
-    """Adds up what a run uses. One lock: additions come from many threads."""
-
-    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "lock", "refusals", "tool_calls", "unpriced")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.by_model: dict[str, list[int]] = {}
-        self.by_node: dict[str, list[int]] = {}
-        self.by_tool: dict[str, list[int]] = {}
-        self.tool_calls = self.refusals = self.clamped = self.charged = self.unpriced = 0
-
-    def add(self, call: Call, sign: int, cost: int | None, usage: Usage, charged: bool, clamped: bool) -> None:  # noqa: FBT001 - hot
-        """Add a call (``sign`` 1), or take back one that was charged because its real usage came later (``sign`` -1)."""
-        input_tokens, output_tokens = usage.input_tokens, usage.output_tokens
-        amount = sign * (cost or 0)
-        with self.lock:
-            if charged:
-                self.charged += sign
-            if clamped:
-                self.clamped += sign
-            if isinstance(call, ToolCall):
-                self.tool_calls += sign
-                _add(self.by_tool, call.tool, sign, amount, 0, 0)
-                return
-            if cost is None and not charged:
-                self.unpriced += sign
-            _add(self.by_model, call.model, sign, amount, input_tokens, output_tokens)
-            if call.node is not None:
-                _add(self.by_node, call.node, sign, amount, input_tokens, output_tokens)
-            if call.tool is not None:
-                _add(self.by_tool, call.tool, 0, amount, input_tokens, output_tokens)
-
-
-class Ticket:
-    """The permission to make one call, and the duty to tell what became of it.
-
-    Safe from any thread, and idempotent: the first of ``settle``, ``release``, ``fail`` and ``charge`` counts; only a later
-    ``settle`` still corrects a call that was charged because nothing had been heard of it.
-    """
-
-    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run")
-
-    def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
-        """Made by ``Run.open`` only."""
-        self.run = run
-        self.call = call
-        self.rates = rates
-        self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
-        """The output limit to send with the request: what was asked for, or what is left of it."""
-        self._reservations = reservations
-        self._status: Literal["open", "settled", "released", "charged"] = "open"
-        self._charged_cost: int | None = None
-        self._is_charge_counted = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nobody has told yet what became of the call."""
-        return self._status == "open"
-
-    @property
-    def is_clamped(self) -> bool:
-        """Whether the output limit was lowered to what is left."""
-        call = self.call
-        if not isinstance(call, LLMCall) or call.max_output_tokens is None or self.max_output_tokens is None:
-            return False
-        return self.max_output_tokens < call.max_output_tokens
-
-    def settle(self, usage: Usage | None = None, *, error: BaseException | None = None) -> None:
-        """Tell that the call ended. Without ``usage`` it costs its upper bound."""
-        call = self.call
-        if usage is None:
-            if isinstance(call, LLMCall):
-                self.charge(error)
-                return
-            usage = _NO_USAGE
-        if not self._end("settled"):
-            return
-        rates = self.rates
-        cost = rates.cost(usage) if rates is not None else None
-        for reservation in self._reservations:
-            try:
-                reservation.settle(usage, cost)
-            except Exception:  # whose code: a guard's; the next one still gets its money back
-                logger.exception("A reservation failed to settle and was passed over.")
-        run = self.run
-        run._count(call, usage, cost, clamped=self.is_clamped)  # noqa: SLF001 - a ticket is a part of its run
-        outcome = Outcome("settled", usage, cost, error)
-        hooks = run.hooks()
-        for observer in hooks.call_settled:
-            try:
-                observer(run, call, outcome)
-            except Exception:  # whose code: a plugin's; observers fail open
-                logger.exception("An observer of settled calls failed and was passed over.")
-        if hooks.step:
-            run.step(Step(kind="llm_call", name=call.model) if isinstance(call, LLMCall) else Step(kind="tool_call", name=call.tool))
-
-    def release(self, error: BaseException | None = None) -> None:
-        """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
-        if not self._end("released"):
-            return
-        _release(self._reservations)
-        self._tell_failed(Outcome("released", None, 0, error))
-
-    def charge(self, error: BaseException | None = None) -> None:
-        """Tell that the call may have been sent and that its usage is unknown: it costs its upper bound."""
-        if not self._end("charged"):
-            return
-        bounds: list[int | None] = []
-        for reservation in self._reservations:
-            try:
-                bounds.append(reservation.charge())
-            except Exception:  # whose code: a guard's; the next one is still charged
-                logger.exception("A reservation failed to charge and was passed over.")
-        cost = max((bound for bound in bounds if bound is not None), default=None)
-        with _ticket_lock:
-            # Its usage may have come in while it was being charged.
-            if self._status != "charged":
-                return
-            self._charged_cost = cost
-            self._is_charge_counted = True
-        self.run._count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)  # noqa: SLF001 - a part of its run
-        self._tell_failed(Outcome("charged", None, cost, error))
-
-    def fail(self, error: BaseException, *, sent: bool) -> None:
-        """Tell that the call failed: ``release`` unless it may have been sent and billed, else ``charge``."""
-        if sent:
-            self.charge(error)
-        else:
-            self.release(error)
-
-    def _end(self, status: Literal["settled", "released", "charged"]) -> bool:
-        with _ticket_lock:
-            before = self._status
-            if before != "open" and not (before == "charged" and status == "settled"):
-                return False
-            self._status = status
-            was_counted, self._is_charge_counted = self._is_charge_counted, False
-        if was_counted:
-            run = self.run
-            run._count(self.call, _NO_USAGE, self._charged_cost, sign=-1, charged=True, clamped=self.is_clamped)  # noqa: SLF001 - a part of its run
-        return True
-
-    def _tell_failed(self, outcome: Outcome) -> None:
-        for observer in self.run.hooks().call_failed:
-            try:
-                observer(self.run, self.call, outcome)
-            except Exception:  # whose code: a plugin's; observers fail open
-                logger.exception("An observer of failed calls failed and was passed over.")
-
-
-_ticket_lock = threading.Lock()
-"""Guards a few instructions of every ticket; a lock for each would cost more than waiting for this one."""
-
-
-def _after_fork_in_child() -> None:
-    global _ticket_lock  # noqa: PLW0603 - the parent may have held it
-    _ticket_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Run:
@@ -346,7 +73,7 @@ class Run:
         """Every account that a call of this run, or of one nested in it, counted against."""
         self.memo: dict[object, Any] = {}
         """For guards: what they worked out for this run. Emptied when it grows large."""
-        self._tally = _Tally()
+        self._tally = Tally()
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
@@ -402,34 +129,14 @@ class Run:
     def log(self, call: Call, usage: Usage, cost_pico: int | None) -> None:
         """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``."""
         record(self, call, usage, cost_pico)
-        self._count(call, usage, cost_pico)
+        self.count(call, usage, cost_pico)
 
     # -- what it has used -------------------------------------------------------------------------------------------------
 
     def summary(self) -> RunSummary:
         """Tell what the run has used so far, by model, node and tool, and how its budgets stand."""
-        tally = self._tally
         ledger = self.watchdog.ledger
-        states = tuple(_state(ledger.balance(account)) for account in list(self.used.values()))
-        with tally.lock:
-            return RunSummary(
-                run_id=self.run_id,
-                agent=self.watchdog.settings.agent,
-                started_at=self.started_at,
-                ended_at=self.ended_at,
-                total=_spend([sum(column) for column in zip(*tally.by_model.values(), strict=True)] or [0, 0, 0, 0]),
-                tool_calls=tally.tool_calls,
-                refusals=tally.refusals,
-                clamped_calls=tally.clamped,
-                calls_charged_at_bound=tally.charged,
-                unpriced_calls=tally.unpriced,
-                by_model={name: _spend(row) for name, row in tally.by_model.items()},
-                by_node={name: _spend(row) for name, row in tally.by_node.items()},
-                by_tool={name: _spend(row) for name, row in tally.by_tool.items()},
-                budgets=states,
-                held_usd=max((state.held for state in states if state.unit == "usd"), default=0.0),
-                overshoot_usd=max((state.overshoot for state in states if state.unit == "usd"), default=0.0),
-            )
+        return summarize(self, self._tally, [ledger.balance(account) for account in list(self.used.values())])
 
     def remaining(self) -> Remaining:
         """Tell what the tightest budgets that cover the whole run leave, calls in flight taken off."""
@@ -499,6 +206,11 @@ class Run:
                 ticket.charge()
         self.watchdog.ledger.forget(list(self.accounts.values()))
         summary = self.summary()
+        # A run around many short ones must not keep the accounts of each.
+        for run in self._chain():
+            if run is not self:
+                for key in self.accounts:
+                    run.used.pop(key, None)
         self.watchdog.run_is_over(self, summary)
         return summary
 
@@ -539,13 +251,13 @@ class Run:
                         ticket.max_output_tokens = granted
                     continue
             except UsageError:
-                _release(reservations)
+                release_all(reservations)
                 raise
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)
             if stop is not None:
-                _release(reservations)
+                release_all(reservations)
                 return stop
         return ticket
 
@@ -645,12 +357,13 @@ class Run:
             yield run
             run = run.parent
 
-    def _count(
+    def count(
         self, call: Call, usage: Usage, cost: int | None, *, sign: int = 1, charged: bool = False, clamped: bool = False
     ) -> None:
+        """Add a call to what this run and those around it have used, or take it back. For tickets."""
         run: Run | None = self
         while run is not None:
-            run._tally.add(call, sign, cost, usage, charged, clamped)
+            run._tally.add(call, sign, cost, usage, charged, clamped)  # noqa: SLF001 - a run of the same chain
             run = run.parent
 
     def _account_to_top_up(self, unit: str, name: str | None) -> Account:
@@ -671,75 +384,6 @@ class Run:
         )
 
 
-def _add(table: dict[str, list[int]], name: str, count: int, cost: int, input_tokens: int, output_tokens: int) -> None:
-    row = table.get(name)
-    if row is None:
-        row = table[name] = [0, 0, 0, 0]
-    row[0] += count
-    row[1] += cost
-    row[2] += input_tokens
-    row[3] += output_tokens
-
-
-def _release(reservations: list[Reservation]) -> None:
-    for reservation in reservations:
-        try:
-            reservation.release()
-        except Exception:  # whose code: a guard's; the next one is still released
-            logger.exception("A reservation failed to be released and was passed over.")
-
-
 def _in_event_loop() -> bool:
     asyncio = sys.modules.get("asyncio")
     return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001 - documented; the public one raises
-
-
-def _spend(row: list[int]) -> Spend:
-    return Spend(calls=row[0], cost_usd=to_usd(row[1]), input_tokens=row[2], output_tokens=row[3])
-
-
-def _state(balance: Balance) -> BudgetState:
-    key = balance.key
-    scale: Callable[[int], float] = to_usd if key.unit == USD else float
-    return BudgetState(
-        budget=key.budget,
-        unit=UNITS[key.unit],
-        key=key.key,
-        window=key.window,
-        ceiling=scale(balance.ceiling),
-        spent=scale(balance.spent),
-        held=scale(balance.held),
-        latched=balance.latched,
-    )
-
-
-def _money(usd: float) -> str:
-    return format_usd(round(usd * PICO_PER_USD))
-
-
-def _table(summary: RunSummary) -> str:
-    state = "active" if summary.ended_at is None else f"ended after {summary.ended_at - summary.started_at:.1f} s"
-    total = summary.total
-    lines = [
-        f"run {summary.run_id} of {summary.agent!r}, started {utc(summary.started_at):%Y-%m-%d %H:%M:%S} UTC, {state}",
-        f"  spent {_money(total.cost_usd)} in {total.calls} model calls "
-        f"({total.input_tokens:,} tokens in, {total.output_tokens:,} out) and {summary.tool_calls} tool calls",
-        f"  refused {summary.refusals}, clamped {summary.clamped_calls}, charged at their upper bound "
-        f"{summary.calls_charged_at_bound}, without a price {summary.unpriced_calls}",
-    ]
-    for title, table in (("model", summary.by_model), ("node", summary.by_node), ("tool", summary.by_tool)):
-        lines += [
-            f"  {title:<6} {name:<28} {spend.calls:>5} calls  {_money(spend.cost_usd):>14}"
-            f"  {spend.input_tokens:>9,} in {spend.output_tokens:>9,} out"
-            for name, spend in sorted(table.items(), key=lambda item: -item[1].cost_usd)
-        ]
-    for budget in summary.budgets:
-        show: Callable[[float], str] = _money if budget.unit == "usd" else "{:,.0f}".format
-        lines.append(
-            f"  budget {budget.budget!r} ({budget.unit}): {show(budget.spent)} of {show(budget.ceiling)} spent, "
-            f"{show(budget.held)} held"
-            + (f", passed by {show(budget.overshoot)}" if budget.overshoot else "")
-            + (", stopped" if budget.latched else "")
-        )
-    return "\n".join(lines)
-

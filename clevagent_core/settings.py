@@ -154,7 +154,9 @@ class Settings:
             raise UsageError(f"agent={self.agent!r} names nothing. Give the agent a name, for example agent='research'.")
         check_names(self.budgets)
         if not isinstance(self.dry_run, bool):
-            raise UsageError(f"dry_run={self.dry_run!r} is neither True nor False, so it could stop nothing by mistake. Give one of them.")
+            raise UsageError(
+                f"dry_run={self.dry_run!r} is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."
+            )
         if not isinstance(self.prices, Mapping):
             raise UsageError(
                 f"prices={self.prices!r} is no mapping of model names to prices. "
@@ -163,7 +165,7 @@ class Settings:
         for model, price in self.prices.items():
             if not isinstance(price, Price):
                 raise UsageError(
-                    f"prices={{{model!r}: {price!r}}} is no Price. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
+                    f"prices={{{model!r}: {price!r}}} is no Price, so its calls could not be priced. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
                     "(US dollars per million tokens)."
                 )
         for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
@@ -173,10 +175,14 @@ class Settings:
         for name, least in (("wait_s", 0), ("hold_s", 1), ("flush_s", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-                raise UsageError(f"{name}={value!r} is no number of seconds. Give a number of at least {least}.")
+                raise UsageError(
+                    f"{name}={value!r} is no number of seconds, so no deadline could be set by it. Give a number of at least {least}."
+                )
         tokens = self.assume_output_tokens
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise UsageError(f"assume_output_tokens={tokens!r} is no number of tokens. Give a whole number of at least 1.")
+            raise UsageError(
+                f"assume_output_tokens={tokens!r} is no number of tokens, so no call could be priced by it. Give a whole number of at least 1."
+            )
 
 
 def _unknown(name: str, known: Sequence[str], what: str) -> str:

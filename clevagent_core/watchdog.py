@@ -22,8 +22,10 @@ from clevagent_core.incidents import IncidentTeller
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
 from clevagent_core.pricing import Rates
-from clevagent_core.runs import Run, RunSummary, Ticket
+from clevagent_core.runs import Run
 from clevagent_core.settings import Settings
+from clevagent_core.summaries import RunSummary
+from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 
 logger = logging.getLogger("clevagent")
@@ -289,16 +291,12 @@ class RunBlock:
         """Begin a run."""
         watchdog = self._watchdog()
         outer = watchdog.current.get()
-        run = watchdog.start_run(
-            budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards
-        )
+        run = watchdog.start_run(budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards)
         self._runs.append(run)
         watchdog.current.set(run)
         return run
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """End the run; what was raised goes on."""
         run = self._innermost()
         self._runs.remove(run)

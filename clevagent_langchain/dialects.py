@@ -15,7 +15,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 from clevagent_core.calls import LLMCall
-from clevagent_core.runs import Ticket
+from clevagent_core.tickets import Ticket
 from clevagent_langchain import requests
 
 _FLOOR = 256
@@ -126,8 +126,9 @@ class OpenAIDialect(Dialect):
 
     def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Ask for usage unless the user has said no: behind a base URL of one's own LangChain does not ask."""
+        told = {"stream_usage", "stream_options"}
         own = getattr(model, "model_kwargs", None) or {}
-        if getattr(model, "stream_usage", None) is not None or not {"stream_usage", "stream_options"}.isdisjoint({**own, **kwargs}):
+        if getattr(model, "stream_usage", None) is not None or not (told.isdisjoint(own) and told.isdisjoint(kwargs)):
             return dict(kwargs)
         # The Responses API tells usage without being asked, and refuses the question.
         return dict(kwargs) if _uses_responses(model, kwargs) else {**kwargs, "stream_usage": True}
@@ -195,7 +196,7 @@ class KeywordDialect(Dialect):
 
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`."""
-        return {**_without_limits(kwargs, None), self._key: limit}
+        return {**_without_limits(model, kwargs), self._key: limit}
 
     def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
         """These read ``max_retries`` when a call is made."""

@@ -20,7 +20,8 @@ from langchain_core.outputs import LLMResult
 from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall
 from clevagent_core.errors import ClevAgentError
-from clevagent_core.runs import Run, Ticket
+from clevagent_core.runs import Run
+from clevagent_core.tickets import Ticket
 from clevagent_langchain import requests
 from clevagent_langchain.failures import may_be_billed
 from clevagent_langchain.models import GUARDED, root_run, tell_unusable

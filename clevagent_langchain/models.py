@@ -13,13 +13,23 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import BaseOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableBinding
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.runnables import (
+    RunnableAssign,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+    RunnablePick,
+    RunnableSequence,
+)
+from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 
@@ -27,7 +37,8 @@ from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.errors import UsageError
-from clevagent_core.runs import Run, Ticket
+from clevagent_core.runs import Run
+from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import is_transient, may_be_billed, wait_before_retry
 from clevagent_langchain.usage import UnusableUsage, add, from_error, from_llm_output, from_metadata
@@ -43,24 +54,56 @@ GUARDED = "clevagent_guarded"
 root_run: ContextVar[Run | None] = ContextVar("clevagent_langchain_root_run", default=None)
 """The run that a callback handler found for the call that is being made, for models that are guarded too."""
 
-_inside: ContextVar[object] = ContextVar("clevagent_langchain_inside", default=None)
-"""The guarded model whose own method is running: some models make ``_generate`` out of their ``_stream``."""
+_inside: ContextVar[_Inside | None] = ContextVar("clevagent_langchain_inside", default=None)
+"""The call that this context is inside of."""
 
 _GUARD = "_clevagent_guard"
+
+
+class _Inside:
+    """A guarded model's own method is running: some make ``_generate`` out of their ``_stream``, or the other way round.
+
+    Only the same call counts as that. What a callback, or a task that outlives it, asks the same model is a call of its own.
+    """
+
+    __slots__ = ("_before", "_model", "_run_id")
+
+    def __init__(self, model: BaseChatModel, run_manager: Any) -> None:
+        self._model: BaseChatModel | None = model
+        self._run_id = run_manager.run_id if run_manager is not None else None
+        self._before: _Inside | None = None
+
+    def is_of(self, model: BaseChatModel, run_manager: Any) -> bool:
+        return self._model is model and (run_manager is None or run_manager.run_id == self._run_id)
+
+    def __enter__(self) -> None:
+        self._before = _inside.get()
+        _inside.set(self)
+
+    def __exit__(self, *exception: object) -> None:
+        # Not by token: an asynchronous generator may be closed in another context than the one it ran in.
+        _inside.set(self._before)
+
+    def end(self) -> None:
+        self._model = None
 
 
 @dataclass(frozen=True)
 class _Guard:
     """What a guarded model knows beside being a model."""
 
-    plain: BaseChatModel
-    """The user's model, as it was given."""
+    max_retries: object
+    """What the user's model has as ``max_retries``."""
     budgets: tuple[Budget, ...]
     watchdog: Watchdog | None
     """The watchdog it was guarded with; ``None`` for the process's own, whichever that is when a call is made."""
     dialect: Dialect
     retries: int
     """How many times a failed attempt is repeated."""
+
+    def __deepcopy__(self, memo: object) -> _Guard:
+        """A copy of the model has the same budgets, and the same watchdog."""
+        return self
 
 
 def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
@@ -71,8 +114,8 @@ def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget
 
     """
     if isinstance(obj, BaseChatModel):
-        return obj if _GUARD in (obj.__pydantic_private__ or {}) and not budgets else _guarded(obj, watchdog, tuple(budgets))
-    if isinstance(obj, RunnableBinding) and isinstance(obj.bound, BaseChatModel):
+        return _guarded(obj, watchdog, tuple(budgets))
+    if isinstance(obj, RunnableBindingBase) and isinstance(obj.bound, BaseChatModel):
         guarded: object = _guard_fallbacks_of(obj.model_copy(update={"bound": guard_model(obj.bound, watchdog, budgets)}))
         return guarded
     if isinstance(obj, RunnableWithFallbacks):
@@ -91,20 +134,23 @@ def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget
 
 
 def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Budget, ...]) -> BaseChatModel:
-    private = model.__pydantic_private__ or {}
-    if _GUARD in private:
+    before = _guard_of(model)
+    if before is not None:
+        if not budgets and watchdog in {None, before.watchdog}:
+            return model
         # Guarded once more with budgets of its own: both sets hold.
-        before: _Guard = private[_GUARD]
-        model, budgets, watchdog = before.plain, (*before.budgets, *budgets), watchdog or before.watchdog
+        budgets = (*before.budgets, *(budget for budget in budgets if budget not in before.budgets))
+        copy = model.model_copy()
+        _set_guard(copy, replace(before, budgets=budgets, watchdog=watchdog or before.watchdog))
+        return copy
     dialect = dialect_of(model)
     copy = model.model_copy()
     # Worked out from the plain model, and made again from the copy when they are needed.
     for name in ("_serialized", "_client_params"):
         copy.__dict__.pop(name, None)
     retries = dialect.take_over_retries(model, copy)
-    guard = _Guard(model, budgets, watchdog, dialect, retries)
     object.__setattr__(copy, "__class__", _guarded_class(type(model)))
-    object.__setattr__(copy, "__pydantic_private__", {**(copy.__pydantic_private__ or {}), _GUARD: guard})
+    _set_guard(copy, _Guard(getattr(model, "max_retries", None), budgets, watchdog, dialect, retries))
     if not dialect.is_known:
         logger.warning(
             "guard(%s): how this model takes an output limit is not known to ClevAgent, so none is sent with its calls (set one on "
@@ -112,6 +158,14 @@ def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Bud
             type(model).__qualname__,
         )
     return copy
+
+
+def _set_guard(model: BaseChatModel, guard: _Guard) -> None:
+    object.__setattr__(model, "__pydantic_private__", {**(model.__pydantic_private__ or {}), _GUARD: guard})
+
+
+def _guard_of(model: BaseChatModel) -> _Guard | None:
+    return (model.__pydantic_private__ or {}).get(_GUARD)
 
 
 @functools.cache
@@ -124,8 +178,6 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "__reduce_ex__": _reduce,
         "_generate": _generate,
         "_get_ls_params": _get_ls_params,
-        "bind": _bind,
-        "bind_tools": _bind_tools,
         "with_fallbacks": _with_fallbacks,
         # Native producers of v2 events would go past _stream; without them LangChain makes the events from it.
         "_stream_chat_model_events": None,
@@ -133,6 +185,13 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
     }
     methods = {"_agenerate": _agenerate, "_stream": _stream, "_astream": _astream}
     body |= {name: method for name, method in methods.items() if getattr(base, name) is not getattr(BaseChatModel, name)}
+    wrappers = {name: getattr(base, name, None) for name in _WRAPPERS}
+    body |= {
+        name: _guarding_fallbacks(method)
+        for name, method in wrappers.items()
+        # LangChain looks whether a model has tools by whether this is overridden.
+        if method is not None and method is not BaseChatModel.bind_tools
+    }
     for name in ("_stream_chat_model_events", "_astream_chat_model_events"):
         if getattr(base, name, None) is None:
             del body[name]
@@ -153,6 +212,10 @@ def _base(model: BaseChatModel) -> type[BaseChatModel]:
     return cast("type[BaseChatModel]", type(model).__bases__[0])
 
 
+_WRAPPERS = ("bind", "bind_tools", "with_config", "with_retry", "with_listeners", "with_alisteners", "with_types")
+"""Methods that put a model into something that has ``with_fallbacks`` too."""
+
+
 # -- the methods of guarded models ----------------------------------------------------------------------------------------
 
 
@@ -160,22 +223,24 @@ def _generate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._generate  # noqa: SLF001 - the method that is overridden
-    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
-    if _inside.get() is self:
-        return base(self, messages, stop=stop, **manager, **kwargs)
+    if run_manager is not None and _takes_run_manager(base):
+        kwargs["run_manager"] = run_manager
+    if _is_inside(self, run_manager):
+        return base(self, messages, stop=stop, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
     def attempt() -> ChatResult:
         ticket = run.open(call, guard.budgets)
-        token = _inside.set(self)
+        inside = _Inside(self, run_manager)
         try:
-            result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
+            with inside:
+                result = base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise
         finally:
-            _inside.reset(token)
+            inside.end()
         _settle(ticket, lambda: _usage_of(result))
         return result
 
@@ -191,22 +256,24 @@ async def _agenerate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._agenerate  # noqa: SLF001 - the method that is overridden
-    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
-    if _inside.get() is self:
-        return await base(self, messages, stop=stop, **manager, **kwargs)
+    if run_manager is not None and _takes_run_manager(base):
+        kwargs["run_manager"] = run_manager
+    if _is_inside(self, run_manager):
+        return await base(self, messages, stop=stop, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
     async def attempt() -> ChatResult:
         ticket = await run.aopen(call, guard.budgets)
-        token = _inside.set(self)
+        inside = _Inside(self, run_manager)
         try:
-            result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
+            with inside:
+                result = await base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise
         finally:
-            _inside.reset(token)
+            inside.end()
         _settle(ticket, lambda: _usage_of(result))
         return result
 
@@ -222,7 +289,7 @@ def _stream(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> Iterator[ChatGenerationChunk]:
     base = _base(self)._stream  # noqa: SLF001 - the method that is overridden
-    if _inside.get() is self:
+    if _is_inside(self, run_manager):
         yield from base(self, messages, stop=stop, run_manager=run_manager, **kwargs)
         return
     guard = _state(self)
@@ -230,13 +297,15 @@ def _stream(
     kwargs = guard.dialect.with_stream_usage(self, kwargs)
     if run_manager is not None:
         kwargs["run_manager"] = run_manager
+    inside = _Inside(self, run_manager)
 
     def attempt() -> tuple[Ticket, Iterator[ChatGenerationChunk], ChatGenerationChunk | None]:
         """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
         ticket = run.open(call, guard.budgets)
         try:
-            chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
-            return ticket, chunks, next(chunks, None)
+            with inside:
+                chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+                return ticket, chunks, next(chunks, None)
         except BaseException as error:
             _failed(ticket, error)
             raise
@@ -247,23 +316,27 @@ def _stream(
         if not guard.retries or not is_transient(error):
             raise
         ticket, chunks, chunk = _retrying(guard.retries)(_first_fails(error, attempt))
-    reported: list[Mapping[str, Any]] = []
+    told = _Told()
     try:
         while chunk is not None:
-            _note(reported, chunk)
+            told.note(chunk)
             yield chunk
-            chunk = next(chunks, None)
+            with inside:
+                chunk = next(chunks, None)
     except BaseException as error:
-        _broken_off(ticket, reported, error)
+        _broken_off(ticket, told, error)
+        _close(chunks)
         raise
-    _settle(ticket, lambda: _usage_of_parts(reported))
+    finally:
+        inside.end()
+    _settle(ticket, told.usage)
 
 
 async def _astream(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> AsyncIterator[ChatGenerationChunk]:
     base = _base(self)._astream  # noqa: SLF001 - the method that is overridden
-    if _inside.get() is self:
+    if _is_inside(self, run_manager):
         async for chunk in base(self, messages, stop=stop, run_manager=run_manager, **kwargs):
             yield chunk
         return
@@ -272,13 +345,15 @@ async def _astream(
     kwargs = guard.dialect.with_stream_usage(self, kwargs)
     if run_manager is not None:
         kwargs["run_manager"] = run_manager
+    inside = _Inside(self, run_manager)
 
     async def attempt() -> tuple[Ticket, AsyncIterator[ChatGenerationChunk], ChatGenerationChunk | None]:
         """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
         ticket = await run.aopen(call, guard.budgets)
         try:
-            chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
-            return ticket, chunks, await anext(chunks, None)
+            with inside:
+                chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+                return ticket, chunks, await anext(chunks, None)
         except BaseException as error:
             _failed(ticket, error)
             raise
@@ -289,30 +364,26 @@ async def _astream(
         if not guard.retries or not is_transient(error):
             raise
         ticket, chunks, first = await _aretrying(guard.retries)(_first_fails_async(error, attempt))
-    reported: list[Mapping[str, Any]] = []
+    told = _Told()
     try:
         while first is not None:
-            _note(reported, first)
+            told.note(first)
             yield first
-            first = await anext(chunks, None)
+            with inside:
+                first = await anext(chunks, None)
     except BaseException as error:
-        _broken_off(ticket, reported, error)
+        _broken_off(ticket, told, error)
+        await _aclose(chunks)
         raise
-    _settle(ticket, lambda: _usage_of_parts(reported))
+    finally:
+        inside.end()
+    _settle(ticket, told.usage)
 
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
     params: dict[str, Any] = dict(_base(self)._get_ls_params(self, stop=stop, **kwargs))  # noqa: SLF001 - overridden here
     params[GUARDED] = True
     return params
-
-
-def _bind(self: BaseChatModel, **kwargs: Any) -> Any:
-    return _guard_fallbacks_of(_base(self).bind(self, **kwargs))
-
-
-def _bind_tools(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
-    return _guard_fallbacks_of(_base(self).bind_tools(self, *args, **kwargs))
 
 
 def _with_fallbacks(self: BaseChatModel, fallbacks: Sequence[Any], **kwargs: Any) -> Any:
@@ -322,7 +393,16 @@ def _with_fallbacks(self: BaseChatModel, fallbacks: Sequence[Any], **kwargs: Any
 
 def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001 - as object's
     guard = _state(self)
-    return _guard_again, (guard.plain, guard.budgets)
+    plain = self.model_copy()
+    object.__setattr__(plain, "__class__", _base(self))
+    private = plain.__pydantic_private__ or {}
+    object.__setattr__(plain, "__pydantic_private__", {key: value for key, value in private.items() if key != _GUARD} or None)
+    # Made without retries, and (where they can be pickled at all) made again when they are needed.
+    for name in ("_serialized", "_client_params", "_client", "_async_client"):
+        plain.__dict__.pop(name, None)
+    if "max_retries" in plain.__dict__:
+        plain.__dict__["max_retries"] = guard.max_retries
+    return _guard_again, (plain, guard.budgets)
 
 
 def _guard_again(plain: BaseChatModel, budgets: tuple[Budget, ...]) -> BaseChatModel:
@@ -357,12 +437,19 @@ def _describe(
     return run, call
 
 
+def _is_inside(model: BaseChatModel, run_manager: Any) -> bool:
+    inside = _inside.get()
+    return inside is not None and inside.is_of(model, run_manager)
+
+
 def _settle(ticket: Ticket, read: Callable[[], Usage | None]) -> None:
+    usage = None
     try:
         usage = read()
     except UnusableUsage as problem:
         tell_unusable(ticket, problem)
-        usage = None
+    except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+        logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
     ticket.settle(usage)
 
 
@@ -397,19 +484,49 @@ def _failed(ticket: Ticket, error: BaseException) -> None:
         ticket.fail(error, sent=may_be_billed(error))
 
 
-def _broken_off(ticket: Ticket, reported: list[Mapping[str, Any]], error: BaseException) -> None:
+def _broken_off(ticket: Ticket, told: _Told, error: BaseException) -> None:
     # The report comes last: a stream that was broken off before it may still be billed in full.
-    ticket.charge(error) if not reported or not _is_final(reported) else _settle(ticket, lambda: _usage_of_parts(reported))
+    if told.is_final:
+        _settle(ticket, told.usage)
+    else:
+        ticket.charge(error)
 
 
-def _is_final(reported: list[Mapping[str, Any]]) -> bool:
-    return any(part.get("output_tokens") for part in reported)
+def _close(chunks: object) -> None:
+    close = getattr(chunks, "close", None)
+    if close is not None:
+        close()
 
 
-def _note(reported: list[Mapping[str, Any]], chunk: ChatGenerationChunk) -> None:
-    metadata = getattr(chunk.message, "usage_metadata", None)
-    if metadata is not None:
-        reported.append(metadata)
+async def _aclose(chunks: object) -> None:
+    aclose = getattr(chunks, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+class _Told:
+    """What the chunks of a stream have told of its usage so far."""
+
+    __slots__ = ("_has_ended", "_parts", "is_final")
+
+    def __init__(self) -> None:
+        self._parts: list[Mapping[str, Any]] = []
+        self._has_ended = False
+        self.is_final = False
+        """Whether the answer was over when its usage was told: some providers tell what there is so far with every chunk."""
+
+    def note(self, chunk: ChatGenerationChunk) -> None:
+        message = chunk.message
+        for info in (chunk.generation_info, message.response_metadata):
+            if info and (info.get("finish_reason") or info.get("stop_reason") or info.get("status")):
+                self._has_ended = True
+        metadata = getattr(message, "usage_metadata", None)
+        if metadata is not None:
+            self._parts.append(metadata)
+            self.is_final = self._has_ended and bool(metadata.get("output_tokens"))
+
+    def usage(self) -> Usage | None:
+        return add(usage for part in self._parts if (usage := from_metadata(part)) is not None)
 
 
 def _usage_of(result: ChatResult) -> Usage | None:
@@ -420,32 +537,37 @@ def _usage_of(result: ChatResult) -> Usage | None:
     return from_llm_output(result.llm_output)
 
 
-def _usage_of_parts(reported: list[Mapping[str, Any]]) -> Usage | None:
-    return add(usage for part in reported if (usage := from_metadata(part)) is not None)
+def _guarding_fallbacks(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _guard_fallbacks_of(method(self, *args, **kwargs))
+
+    return wrapper
 
 
-def _guard_fallbacks_of(binding: Any) -> Any:
-    if isinstance(binding, RunnableBinding):
-        object.__setattr__(binding, "__class__", _binding_class(type(binding)))
-    return binding
+def _guard_fallbacks_of(wrapped: Any) -> Any:
+    if isinstance(wrapped, (RunnableBindingBase, RunnableWithFallbacks)):
+        object.__setattr__(wrapped, "__class__", _wrapping_class(type(wrapped)))
+    return wrapped
 
 
 @functools.cache
-def _binding_class(base: type[RunnableBinding[Any, Any]]) -> type[RunnableBinding[Any, Any]]:
+def _wrapping_class(base: type[Any]) -> type[Any]:
+    """Make the subclass for what a guarded model was put into: a binding, or one that retries or falls back."""
     if getattr(base, "_clevagent_guards_fallbacks", False):
         return base
 
-    def with_fallbacks(self: RunnableBinding[Any, Any], fallbacks: Sequence[Any], **kwargs: Any) -> Any:
-        bound = self.bound
-        guard = _state(bound) if isinstance(bound, BaseChatModel) else None
-        return base.with_fallbacks(self, fallbacks if guard is None else _guard_all(guard, fallbacks), **kwargs)
+    def with_fallbacks(self: Any, fallbacks: Sequence[Any], **kwargs: Any) -> Any:
+        guard = _guard_within(self)
+        fallbacks = fallbacks if guard is None else _guard_all(guard, fallbacks)
+        return _guard_fallbacks_of(base.with_fallbacks(self, fallbacks, **kwargs))
 
-    def reduce(self: RunnableBinding[Any, Any], protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001
+    def reduce(self: Any, protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001 - as object's
         plain = self.model_copy()
         object.__setattr__(plain, "__class__", base)
         return _guard_fallbacks_of, (plain,)
 
-    body = {
+    body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -454,11 +576,46 @@ def _binding_class(base: type[RunnableBinding[Any, Any]]) -> type[RunnableBindin
         "_clevagent_guards_fallbacks": True,
         "__annotations__": {"_clevagent_guards_fallbacks": "ClassVar[bool]"},
     }
+    # A binding hands what it does not have itself to the model inside.
+    body |= {name: _guarding_fallbacks(getattr(base, name)) for name in _WRAPPERS if hasattr(base, name)}
     return _subclass(base, body)
 
 
+def _guard_within(runnable: Any) -> _Guard | None:
+    while isinstance(runnable, (RunnableBindingBase, RunnableWithFallbacks)):
+        runnable = runnable.bound if isinstance(runnable, RunnableBindingBase) else runnable.runnable
+    return _guard_of(runnable) if isinstance(runnable, BaseChatModel) else None
+
+
 def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:
-    return [guard_model(fallback, guard.watchdog, guard.budgets) or fallback for fallback in fallbacks]
+    return [
+        fallback
+        if isinstance(fallback, (RunnableSequence, RunnableLambda)) and _is_guarded_throughout(fallback, guard.budgets)
+        else guard_model(fallback, guard.watchdog, guard.budgets) or fallback
+        for fallback in fallbacks
+    ]
+
+
+def _is_guarded_throughout(runnable: Any, budgets: tuple[Budget, ...]) -> bool:
+    """Tell whether all models of a chain are guarded with ``budgets`` already; not, where it cannot be looked into."""
+    if isinstance(runnable, BaseChatModel):
+        guard = _guard_of(runnable)
+        return guard is not None and all(budget in guard.budgets for budget in budgets)
+    if isinstance(runnable, RunnableSequence):
+        parts: Sequence[Any] = runnable.steps
+    elif isinstance(runnable, RunnableParallel):
+        parts = list(runnable.steps__.values())
+    elif isinstance(runnable, RunnableAssign):
+        parts = [runnable.mapper]
+    elif isinstance(runnable, RunnableLambda):
+        parts = runnable.deps
+    elif isinstance(runnable, RunnableWithFallbacks):
+        parts = list(runnable.runnables)
+    elif isinstance(runnable, RunnableBindingBase):
+        parts = [runnable.bound]
+    else:
+        return isinstance(runnable, (BasePromptTemplate, BaseOutputParser, RunnablePassthrough, RunnablePick))
+    return all(_is_guarded_throughout(part, budgets) for part in parts)
 
 
 @functools.cache

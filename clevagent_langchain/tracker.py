@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from clevagent_core.runs import Run, Ticket
+from clevagent_core.runs import Run
+from clevagent_core.tickets import Ticket
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog

@@ -65,12 +65,14 @@ def from_llm_output(llm_output: Mapping[str, Any] | None) -> Usage | None:
     if not isinstance(raw, Mapping) or not raw:
         return None
     if "prompt_tokens" in raw or "completion_tokens" in raw:
-        return from_metadata({
-            "input_tokens": raw.get("prompt_tokens"),
-            # A text completion that produced nothing leaves the key out.
-            "output_tokens": raw.get("completion_tokens", 0),
-            "total_tokens": raw.get("total_tokens"),
-        })
+        return from_metadata(
+            {
+                "input_tokens": raw.get("prompt_tokens"),
+                # A text completion that produced nothing leaves the key out.
+                "output_tokens": raw.get("completion_tokens", 0),
+                "total_tokens": raw.get("total_tokens"),
+            }
+        )
     if "input_tokens" in raw:
         return from_metadata(raw)
     return None
@@ -81,10 +83,12 @@ def from_error(error: BaseException) -> Usage | None:
     usage = getattr(getattr(error, "completion", None), "usage", None)
     if usage is None:
         return None
-    return from_metadata({
-        "input_tokens": getattr(usage, "prompt_tokens", None),
-        "output_tokens": getattr(usage, "completion_tokens", None),
-    })
+    return from_metadata(
+        {
+            "input_tokens": getattr(usage, "prompt_tokens", None),
+            "output_tokens": getattr(usage, "completion_tokens", None),
+        }
+    )
 
 
 def is_cached(metadata: Mapping[str, Any] | None) -> bool:

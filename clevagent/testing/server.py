@@ -134,7 +134,7 @@ class HttpServer:
             if request is None or not self._answer(connection, self._handle(request)) or not request.keep_alive:
                 return
 
-    def _answer(self, connection: socket.socket, response: HttpResponse) -> bool:  # noqa: PLR0911 - one for each way to end
+    def _answer(self, connection: socket.socket, response: HttpResponse) -> bool:
         """Play a response; tell whether the connection can be used again."""
         if response.hang:
             while connection.recv(_READ_BYTES):

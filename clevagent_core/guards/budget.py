@@ -18,7 +18,8 @@ from clevagent_core.pricing import Rates, unknown_price_message
 from clevagent_core.verdicts import Incident, Stop
 
 if TYPE_CHECKING:
-    from clevagent_core.runs import Run, Ticket
+    from clevagent_core.runs import Run
+    from clevagent_core.tickets import Ticket
 
 logger = logging.getLogger("clevagent")
 
@@ -30,7 +31,7 @@ _CLAMP_ATTEMPTS = 16
 
 
 class BudgetReservation:
-    """What one call holds. See :class:`~clevagent_core.runs.Reservation`."""
+    """What one call holds. See :class:`~clevagent_core.tickets.Reservation`."""
 
     __slots__ = ("_hold", "_run", "max_output_tokens")
 
@@ -148,10 +149,10 @@ class BudgetGuard:
             limit = asked
             if limit is None:
                 # Nobody asked for a limit: leave room for others, unless little is left for anybody.
-                limit = call.most_output_tokens
+                assumed, limit = run.watchdog.settings.assume_output_tokens, call.most_output_tokens
                 if fits is not None:
-                    share = max(run.watchdog.settings.assume_output_tokens, fits // 2)
-                    limit = share if limit is None else min(limit, share)
+                    # Where nobody knows how much the model can write, a large limit would be refused by its provider.
+                    limit = assumed if limit is None else min(limit, max(assumed, fits // 2))
             if limit is None:
                 # Nothing that is limited depends on the output.
                 return self._reserve(run, ticket, found, _amounts(call, rates, tokens, 0)), None
@@ -161,7 +162,8 @@ class BudgetGuard:
                 break
             answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit), latch=False)
             if isinstance(answer, Hold):
-                return answer, limit
+                # Where nothing limits the output, none is sent that was not asked for.
+                return answer, asked if fits is None else limit
         return self._reserve(run, ticket, found, _amounts(call, rates, tokens, floor)), floor
 
     def _fits(self, run: Run, call: LLMCall, found: Cover, rates: Rates | None, tokens: int) -> int | None:
@@ -263,7 +265,7 @@ class BudgetGuard:
 
 
 def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int) -> Amounts:
-    # n answers share one prompt; a provider may bill the prompt once for all or once for each.
+    # n answers share one prompt, which OpenAI bills once.
     answers = call.answers
     output = output_limit * answers
     cost = rates.upper_bound(tokens, output) if rates is not None else 0
@@ -273,5 +275,3 @@ def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int)
 def plugin() -> BudgetGuard:
     """Make the built-in plugin of this module."""
     return BudgetGuard()
-
-

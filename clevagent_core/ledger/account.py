@@ -32,7 +32,20 @@ class AccountKey(NamedTuple):
 class Account:
     """One account: the ledger's own record. Read it through ``Ledger.balance``, which takes the lock."""
 
-    __slots__ = ("ceiling", "closed", "ends_at", "granted", "held", "keep", "key", "latched", "spent", "told", "warn_mark", "warned")
+    __slots__ = (
+        "ceiling",
+        "closed",
+        "ends_at",
+        "granted",
+        "held",
+        "keep",
+        "key",
+        "latched",
+        "spent",
+        "told",
+        "warn_mark",
+        "warned",
+    )
 
     def __init__(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> None:
         """Open an account that nothing was spent from. Amounts are in the key's unit."""
@@ -156,7 +169,7 @@ class Changes:
             listener()
 
 
-class StaleAccount(Exception):  # noqa: N818 - never leaves the core: the caller looks the account up again
+class StaleAccount(Exception):
     """A line names an account that was taken out of the ledger meanwhile."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from clevagent import (
     Budget,
     BudgetExceeded,
     Incident,
-    LLMCall,
     PluginError,
     Step,
     Stop,
@@ -25,7 +23,6 @@ from clevagent import (
     Usage,
     UsageError,
     Warn,
-    Watchdog,
     hookimpl,
 )
 from clevagent_core import hookspecs
@@ -769,11 +766,3 @@ def test_every_hook_has_a_test_that_names_it(hook):
 
 def test_every_hot_hook_exists():
     assert set(hookspecs.HOT_HOOKS) <= set(HOOKS)
-
-
-def test_the_log_is_the_packages_own(make, llm):
-    watchdog = make(plugins=[Warner()])
-    assert logging.getLogger("clevagent").handlers == []
-    watchdog.process_run.open(llm()).release()
-    assert isinstance(watchdog, Watchdog)
-    assert isinstance(llm(), LLMCall)

@@ -170,9 +170,7 @@ def test_tokens_that_may_be_images_or_video_cost_what_those_do() -> None:
         if id(model) not in MEDIA or rates is None:
             continue
         usage = Usage(input_tokens=1_000, output_tokens=500)
-        asked = genai_prices.Usage(
-            input_tokens=1_000, input_image_tokens=1_000, output_tokens=500, output_image_tokens=500
-        )
+        asked = genai_prices.Usage(input_tokens=1_000, input_image_tokens=1_000, output_tokens=500, output_image_tokens=500)
         billed = model.calc_price(asked, provider, genai_request_timestamp=utc(NOW)).total_price * 10**12
         assert rates.cost(usage) >= billed
         seen += 1

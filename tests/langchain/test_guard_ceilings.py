@@ -79,7 +79,8 @@ class Setting:
         assert billed <= ceiling
         assert summary.overshoot_usd == 0
         assert billed <= recorded <= ceiling
-        assert [round(state.spent * PICO_PER_USD) for state in summary.budgets] in ([], [recorded])
+        if summary.total.calls:
+            assert [round(state.spent * PICO_PER_USD) for state in summary.budgets] == [recorded]
         if not summary.calls_charged_at_bound:
             assert recorded == billed
 
@@ -232,7 +233,8 @@ def test_the_ceiling_holds_and_is_used(setting, call, aio):
     assert setting.utilisation() >= 0.9
     if setting.limit and call is sequential:
         assert setting.provider.request_count == FITS
-        assert setting.utilisation() == 1
+        # Anthropic bills what is written to its cache twice as dear, so the last answer of all is cut a little.
+        assert setting.utilisation() == 1 or setting.kind == "anthropic"
 
 
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
@@ -466,6 +468,7 @@ def test_cancelled_calls_are_charged(setting, one, aio):
     model = setting.guarded()
 
     async def main():
+        await aswallow(model.ainvoke(PROMPT))  # makes the client, which takes a while
         for _ in range(TRIES // 5):
             await asyncio.gather(*(aswallow(one(model)) for _ in range(5)))
 
@@ -523,7 +526,8 @@ def test_a_cached_answer_is_served_past_the_ceiling(limited, cache):
 def test_guard_and_plain_share_the_cache(limited, cache):
     plain = limited.make(max_tokens=LIMIT)
     plain.invoke(PROMPT)
+    limited.provider.reset()
     with limited.run(limited.ceiling(2)) as run:
         clevagent.guard(limited.make(max_tokens=LIMIT, max_retries=0)).invoke(PROMPT)
-    assert limited.provider.request_count == 1
+    assert limited.provider.request_count == 0
     assert run.summary().total.calls == 0

@@ -23,7 +23,9 @@ from clevagent_core.clock import utc
 from clevagent_core.errors import BudgetBusy, BudgetExceeded
 from clevagent_core.money import to_pico
 from clevagent_core.pricing import Price
-from clevagent_core.runs import Run, RunSummary, Ticket
+from clevagent_core.runs import Run
+from clevagent_core.summaries import RunSummary
+from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
 PRICES = {

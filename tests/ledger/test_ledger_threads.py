@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from clevagent.testing.clock import FakeClock
-from clevagent_core import runs
+from clevagent_core import runs, tickets
 from clevagent_core.budgets import Amounts, Budget
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import BudgetExceeded, UsageError
@@ -311,7 +311,15 @@ def all_locks(watchdog: Watchdog, *active: runs.Run) -> tuple[Any, ...]:
     ledger: Any = watchdog.ledger
     tallies = [run._tally.lock for run in (watchdog.process_run, *active)]
     bounds: Any = watchdog.plugins._manager.get_plugin("clevagent_core.bounds")
-    return (ledger._lock, ledger.changes._lock, watchdog._lock, watchdog._teller._lock, bounds._lock, runs._ticket_lock, *tallies)
+    return (
+        ledger._lock,
+        ledger.changes._lock,
+        watchdog._lock,
+        watchdog._teller._lock,
+        bounds._lock,
+        tickets._ticket_lock,
+        *tallies,
+    )
 
 
 forks = pytest.mark.filterwarnings("ignore:.*use of fork.. may lead to deadlocks:DeprecationWarning")

@@ -1,0 +1,190 @@
+"""A ticket: the permission to make one call, and the duty to tell what became of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from clevagent_core.calls import Call, LLMCall, Step, Usage
+
+if TYPE_CHECKING:
+    from clevagent_core.pricing import Rates
+    from clevagent_core.runs import Run
+
+logger = logging.getLogger("clevagent")
+
+_NO_USAGE = Usage()
+
+
+class Reservation(Protocol):
+    """What a guard holds for one call. Exactly one of its methods ends it; ``settle`` may also correct an earlier ``charge``."""
+
+    max_output_tokens: int | None
+    """The output limit that was reserved for, where the caller clamps; else ``None``."""
+
+    def settle(self, usage: Usage | None, cost_pico: int | None) -> int | None:
+        """The call ended. Without usage it costs its upper bound; returns that bound in pico-USD where it is known."""
+        ...
+
+    def release(self) -> None:
+        """The call was not sent."""
+        ...
+
+    def charge(self) -> int | None:
+        """The call may have been sent, and nobody can tell what it cost: it costs its upper bound, which is returned."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """What became of a call."""
+
+    status: Literal["settled", "released", "charged"]
+    """``settled`` to its usage, ``released`` because it was not sent, ``charged`` its upper bound because it may have been."""
+    usage: Usage | None
+    """What the provider reported, where it did."""
+    cost_pico: int | None
+    """What it cost in pico-USD; ``None`` where no price is known."""
+    error: BaseException | None = None
+    """Why it failed."""
+
+
+class Ticket:
+    """The permission to make one call, and the duty to tell what became of it.
+
+    Safe from any thread, and idempotent: the first of ``settle``, ``release``, ``fail`` and ``charge`` counts; only a later
+    ``settle`` still corrects a call that was charged because nothing had been heard of it.
+    """
+
+    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run")
+
+    def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
+        """Made by ``Run.open`` only."""
+        self.run = run
+        self.call = call
+        self.rates = rates
+        self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
+        """The output limit to send with the request: what was asked for, or what is left of it."""
+        self._reservations = reservations
+        self._status: Literal["open", "settled", "released", "charged"] = "open"
+        self._charged_cost: int | None = None
+        self._is_charge_counted = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has told yet what became of the call."""
+        return self._status == "open"
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether the output limit was lowered to what is left."""
+        call = self.call
+        if not isinstance(call, LLMCall) or call.max_output_tokens is None or self.max_output_tokens is None:
+            return False
+        return self.max_output_tokens < call.max_output_tokens
+
+    def settle(self, usage: Usage | None = None, *, error: BaseException | None = None) -> None:
+        """Tell that the call ended. Without ``usage`` it costs its upper bound."""
+        call = self.call
+        if usage is None:
+            if isinstance(call, LLMCall):
+                self.charge(error)
+                return
+            usage = _NO_USAGE
+        if not self._end("settled"):
+            return
+        rates = self.rates
+        cost = rates.cost(usage) if rates is not None else None
+        for reservation in self._reservations:
+            try:
+                reservation.settle(usage, cost)
+            except Exception:  # whose code: a guard's; the next one still gets its money back
+                logger.exception("A reservation failed to settle and was passed over.")
+        run = self.run
+        run.count(call, usage, cost, clamped=self.is_clamped)
+        outcome = Outcome("settled", usage, cost, error)
+        hooks = run.hooks()
+        for observer in hooks.call_settled:
+            try:
+                observer(run, call, outcome)
+            except Exception:  # whose code: a plugin's; observers fail open
+                logger.exception("An observer of settled calls failed and was passed over.")
+        if hooks.step:
+            run.step(
+                Step(kind="llm_call", name=call.model) if isinstance(call, LLMCall) else Step(kind="tool_call", name=call.tool)
+            )
+
+    def release(self, error: BaseException | None = None) -> None:
+        """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
+        if not self._end("released"):
+            return
+        release_all(self._reservations)
+        self._tell_failed(Outcome("released", None, 0, error))
+
+    def charge(self, error: BaseException | None = None) -> None:
+        """Tell that the call may have been sent and that its usage is unknown: it costs its upper bound."""
+        if not self._end("charged"):
+            return
+        bounds: list[int | None] = []
+        for reservation in self._reservations:
+            try:
+                bounds.append(reservation.charge())
+            except Exception:  # whose code: a guard's; the next one is still charged
+                logger.exception("A reservation failed to charge and was passed over.")
+        cost = max((bound for bound in bounds if bound is not None), default=None)
+        with _ticket_lock:
+            # Its usage may have come in while it was being charged.
+            if self._status != "charged":
+                return
+            self._charged_cost = cost
+            self._is_charge_counted = True
+        self.run.count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)
+        self._tell_failed(Outcome("charged", None, cost, error))
+
+    def fail(self, error: BaseException, *, sent: bool) -> None:
+        """Tell that the call failed: ``release`` unless it may have been sent and billed, else ``charge``."""
+        if sent:
+            self.charge(error)
+        else:
+            self.release(error)
+
+    def _end(self, status: Literal["settled", "released", "charged"]) -> bool:
+        with _ticket_lock:
+            before = self._status
+            if before != "open" and not (before == "charged" and status == "settled"):
+                return False
+            self._status = status
+            was_counted, self._is_charge_counted = self._is_charge_counted, False
+        if was_counted:
+            run = self.run
+            run.count(self.call, _NO_USAGE, self._charged_cost, sign=-1, charged=True, clamped=self.is_clamped)
+        return True
+
+    def _tell_failed(self, outcome: Outcome) -> None:
+        for observer in self.run.hooks().call_failed:
+            try:
+                observer(self.run, self.call, outcome)
+            except Exception:  # whose code: a plugin's; observers fail open
+                logger.exception("An observer of failed calls failed and was passed over.")
+
+
+_ticket_lock = threading.Lock()
+"""Guards a few instructions of every ticket; a lock for each would cost more than waiting for this one."""
+
+
+def _after_fork_in_child() -> None:
+    global _ticket_lock  # noqa: PLW0603 - the parent may have held it
+    _ticket_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def release_all(reservations: list[Reservation]) -> None:
+    """Give back what guards hold for a call that is not sent."""
+    for reservation in reservations:
+        try:
+            reservation.release()
+        except Exception:  # whose code: a guard's; the next one is still released
+            logger.exception("A reservation failed to be released and was passed over.")
