@@ -203,7 +203,7 @@ def test_detached_by_shutdown(provider, chat):
 
 
 def test_attached_again_after_a_shutdown_starts_anew_and_adds_no_hook(provider, chat):
-    from langchain_core.tracers.context import _configure_hooks  # noqa: PLC0415
+    from langchain_core.tracers.context import _configure_hooks
 
     model = chat(max_tokens=9)
     counts = []
@@ -253,7 +253,7 @@ def test_runs_of_each_watchdog_are_its_own(provider, chat, watchdog):
 
 
 def test_a_watchdog_that_was_shut_down_is_let_go(watchdog):
-    from clevagent_core.watchdog import Watchdog  # noqa: PLC0415
+    from clevagent_core.watchdog import Watchdog
 
     one = Watchdog(attach=["langchain"])
     gone = weakref.ref(one)

@@ -79,7 +79,7 @@ def test_a_parser_that_fails_comes_after_the_answer_was_settled(aio, provider, c
 
 def test_usage_that_an_sdk_error_carries_is_settled(provider, chat, config, ends):
     """OpenAI's parse() raises after the answer was billed, and its error holds the completion."""
-    from pydantic import BaseModel  # noqa: PLC0415
+    from pydantic import BaseModel
 
     class Answer(BaseModel):
         text: str
@@ -587,7 +587,7 @@ def test_a_cancelled_tool(aio, watchdog, balance):
 
 @both
 def test_a_graph_that_is_interrupted_and_resumed(aio, provider, chat, one, config, balance, is_async):
-    from langgraph.checkpoint.memory import InMemorySaver  # noqa: PLC0415
+    from langgraph.checkpoint.memory import InMemorySaver
 
     model = chat(max_tokens=9)
 
@@ -630,7 +630,7 @@ def test_nothing_is_remembered_of_what_has_ended(aio, provider, chat, one, confi
 
 def test_what_no_end_is_told_of_is_forgotten_once_it_was_charged(aio, provider, chat, clocked):
     """Entries that runs or time have closed are swept out, so that a service that cancels does not grow."""
-    from clevagent_langchain import handler as module  # noqa: PLC0415
+    from clevagent_langchain import handler as module
 
     clock, one = clocked
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one), Broken()]}

@@ -215,7 +215,7 @@ def test_the_first_use_of_one_handler_by_many_threads(provider, chat, watchdog, 
 
 def test_two_threads_that_see_one_start_at_once_open_one_ticket():
     """Two instances may be told of one run_id from different threads of LangChain's executor."""
-    from uuid import uuid4  # noqa: PLC0415
+    from uuid import uuid4
 
     tracker, run_id, won = Tracker(), uuid4(), []
     barrier = threading.Barrier(8)

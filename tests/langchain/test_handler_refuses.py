@@ -362,7 +362,7 @@ def test_a_guard_sees_a_tool_and_its_arguments(watchdog):
         def clevagent_before_call(self, run, call):
             seen.append(call)
 
-    from clevagent import hookimpl  # noqa: PLC0415
+    from clevagent import hookimpl
 
     Watch.clevagent_before_call = hookimpl(Watch.clevagent_before_call)
     lookup.invoke({"word": "a"}, {"callbacks": [ClevAgentCallbackHandler(watchdog=watchdog(plugins=[Watch()]))]})
@@ -485,7 +485,7 @@ def test_a_chain_that_calls_no_model_is_not_refused(watchdog):
 
 def test_a_decision_model_is_asked_for_as_a_chain_of_type_llm(watchdog):
     """langchain-core 1.8 tells of decision models so; played here because 1.7 has none."""
-    from uuid import uuid4  # noqa: PLC0415
+    from uuid import uuid4
 
     one = watchdog(budgets=[ONE])
     handler = ClevAgentCallbackHandler(watchdog=one)
@@ -503,7 +503,7 @@ def test_a_decision_model_is_asked_for_as_a_chain_of_type_llm(watchdog):
 
 
 def test_history_of_messages_is_described_as_it_is_sent(provider, chat, watchdog):
-    from clevagent import hookimpl  # noqa: PLC0415
+    from clevagent import hookimpl
 
     seen: list[LLMCall] = []
 

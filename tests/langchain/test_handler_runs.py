@@ -341,7 +341,7 @@ def test_tenants_are_kept_apart(provider, chat, watchdog):
 
 
 def test_runs_that_go_on_at_once_are_kept_apart(aio, provider, chat, watchdog):
-    import asyncio  # noqa: PLC0415
+    import asyncio
 
     one = watchdog()
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}

@@ -277,7 +277,7 @@ def test_traps_of_usage_metadata():
 
 def test_an_end_that_cannot_be_read_is_charged(one, config, balance, chat, provider):
     """Whatever stands in the result, the user's answer is not lost to our reading of it."""
-    from uuid import uuid4  # noqa: PLC0415
+    from uuid import uuid4
 
     handler, run_id = config["callbacks"][0], uuid4()
     handler.on_chat_model_start(
@@ -351,7 +351,7 @@ def test_extra_body_is_billed_and_counted(provider, chat, config, balance, one):
 
 @both
 def test_a_large_limit_at_the_call_is_refused_before_it_is_sent(aio, provider, chat, watchdog, is_async):
-    from clevagent import BudgetExceeded  # noqa: PLC0415
+    from clevagent import BudgetExceeded
 
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=watchdog(budgets=[Budget(usd="0.001", per="lifetime")]))]}
     with pytest.raises(BudgetExceeded):
@@ -393,7 +393,7 @@ def test_a_model_named_at_the_call_is_the_one_that_is_priced(provider, chat, con
 
 
 def _field():
-    from langchain_core.runnables import ConfigurableField  # noqa: PLC0415
+    from langchain_core.runnables import ConfigurableField
 
     return ConfigurableField(id="model")
 
@@ -507,7 +507,7 @@ def test_a_handler_leaves_the_request_as_it_is(provider, chat, config):
 
 def test_nothing_is_dialled_but_the_provider(aio, provider, chat, anthropic, config, monkeypatch):
     """An estimator that uses tiktoken would download its vocabulary; ours counts bytes."""
-    import tiktoken  # noqa: PLC0415
+    import tiktoken
 
     def refuse(*args, **kwargs):
         raise AssertionError("tiktoken was asked")
@@ -536,14 +536,14 @@ def test_service_tiers_are_told(provider, chat, config, watch):
 
 
 def test_a_model_without_a_name_is_refused_under_a_budget_in_dollars(one, config):
-    from langchain_core.language_models import FakeListChatModel  # noqa: PLC0415
+    from langchain_core.language_models import FakeListChatModel
 
     with pytest.raises(UsageError, match="FakeListChatModel"):
         FakeListChatModel(responses=["a"]).invoke("Hello", config)
 
 
 def test_a_model_without_a_name_counts_as_a_call(watchdog, watch, balance):
-    from langchain_core.language_models import FakeListChatModel  # noqa: PLC0415
+    from langchain_core.language_models import FakeListChatModel
 
     one = watchdog(budgets=[Budget(llm_calls=5, per="lifetime")], plugins=[watch])
     FakeListChatModel(responses=["a"]).invoke("Hello", {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]})
