@@ -87,14 +87,14 @@ class Budget:
             )
         if self.per not in get_args(Per):
             raise UsageError(
-                f"Budget(per={self.per!r}) names no window that exists. Use one of {', '.join(map(repr, get_args(Per)))}."
+                f"Budget(per={self.per!r}) names no window that exists, so it could not be told when to start from zero. Use one of {', '.join(map(repr, get_args(Per)))}."
             )
         action = self.on_exceed
         if isinstance(action, str) and action in _ACTION_NAMES:
             object.__setattr__(self, "on_exceed", _ACTION_NAMES[action])
         elif action not in get_args(Action) and not callable(action):
             raise UsageError(
-                f"Budget(on_exceed={action!r}) is no action. Use 'raise', 'warn', or a callable that gets the incident."
+                f"Budget(on_exceed={action!r}) is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."
             )
         if iscoroutinefunction(action):
             raise UsageError(
@@ -103,7 +103,7 @@ class Budget:
             )
         if isinstance(self.warn_at, bool) or not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
             raise UsageError(
-                f"Budget(warn_at={self.warn_at!r}) is not a share of the ceiling. Give a number above 0 and at most 1, such as 0.8."
+                f"Budget(warn_at={self.warn_at!r}) is not a share of the ceiling, so nothing could be told at it. Give a number above 0 and at most 1, such as 0.8."
             )
         if self.keep and (self.usd is None or self.keep >= to_pico(self.usd, what="usd")):
             raise UsageError(
@@ -192,7 +192,7 @@ def check_names(budgets: tuple[Budget, ...]) -> None:
     seen: dict[str, Budget] = {}
     for budget in budgets:
         if not isinstance(budget, Budget):
-            raise UsageError(f"budgets=[{budget!r}] is no Budget. Write budgets=[clevagent.Budget(usd=0.50)].")
+            raise UsageError(f"budgets=[{budget!r}] is no Budget, so nothing would be limited by it. Write budgets=[clevagent.Budget(usd=0.50)].")
         other = seen.setdefault(budget.label, budget)
         if other != budget:
             differ = [f.name for f in fields(Budget) if getattr(other, f.name) != getattr(budget, f.name)]

@@ -90,7 +90,7 @@ class Run:
         answer = self._try(call, extra)
         if isinstance(answer, Ticket):
             return answer
-        if answer.incident.kind == "busy" and not _in_event_loop():
+        if answer.incident.kind == "busy" and not _in_event_loop() and self._others_hold():
             answer = self._wait(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
@@ -169,8 +169,8 @@ class Run:
         amounts = {"usd": to_pico(usd, what="usd"), "tokens": tokens, "llm_calls": llm_calls, "tool_calls": tool_calls}
         if any(type(amount) is not int or amount < 0 for amount in amounts.values()) or not any(amounts.values()):
             raise UsageError(
-                f"top_up(usd={usd!r}, tokens={tokens!r}, llm_calls={llm_calls!r}, tool_calls={tool_calls!r}) adds nothing: give at "
-                "least one positive amount, for example run.top_up(usd=1)."
+                f"top_up(usd={usd!r}, tokens={tokens!r}, llm_calls={llm_calls!r}, tool_calls={tool_calls!r}) cannot be added: "
+                "counts are whole numbers, none is negative, and at least one is above 0. Give what to add, for example run.top_up(usd=1)."
             )
         # All are looked up before any is raised: a mistake in one amount leaves every ceiling as it was.
         found = [(self._account_to_top_up(unit, budget), amount) for unit, amount in amounts.items() if amount]
@@ -303,6 +303,13 @@ class Run:
         kind = stop.incident.kind
         return {"budget": BudgetExceeded, "busy": BudgetBusy}.get(kind, Stopped)(stop.incident)
 
+    def _others_hold(self) -> bool:
+        """Tell whether anybody else could give money back: a thread that waits for what it holds itself waits in vain."""
+        me = threading.get_ident()
+        holds = self.watchdog.ledger.holds()
+        # None at all: what refused the call has come back meanwhile.
+        return not holds or any(not isinstance(hold.owner, Ticket) or hold.owner.thread != me for hold in holds)
+
     def _wait(self, call: Call, extra: Sequence[Budget], stop: Stop) -> Ticket | Stop:
         clock = self.watchdog.clock
         deadline = clock.monotonic() + self.watchdog.settings.wait_s
@@ -377,10 +384,16 @@ class Run:
         accounts = own or [account for _, account in found]
         if len(accounts) == 1:
             return accounts[0]
-        names = ", ".join(sorted({repr(budget.label) for budget, _ in found})) or "none"
+        named = f" named {name!r}" if name else ""
+        if not found:
+            raise UsageError(
+                f"top_up({unit}=...) found no budget{named} with a limit in {unit}, in this run or around it, so no ceiling was raised. "
+                f"Top up the run that has one, or give this one a Budget({unit}=...)."
+            )
+        names = ", ".join(sorted({repr(budget.label) for budget, _ in found}))
         raise UsageError(
-            f"top_up({unit}=...) cannot tell which ceiling to raise: the budgets with a limit in {unit}"
-            f"{f' named {name!r}' if name else ''} are {names}. Say which with budget=..., or top up the run that has one."
+            f"top_up({unit}=...) cannot tell which ceiling to raise, so none was: the budgets{named} with a limit in {unit} are {names}. "
+            "Say which with budget=..., or top up the run that has one."
         )
 
 

@@ -44,7 +44,7 @@ class BudgetState:
     @property
     def overshoot(self) -> float:
         """How much was billed past the ceiling; 0 when it held."""
-        return max(0.0, self.spent - self.ceiling)
+        return max(0.0, round(self.spent - self.ceiling, 12))  # as exact as a ledger is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class Tally:
                 self.tool_calls += sign
                 _add(self.by_tool, call.tool, sign, amount, 0, 0)
                 return
-            if cost is None and not charged:
+            if cost is None:
                 self.unpriced += sign
             _add(self.by_model, call.model, sign, amount, input_tokens, output_tokens)
             if call.node is not None:

@@ -57,12 +57,14 @@ class Ticket:
     ``settle`` still corrects a call that was charged because nothing had been heard of it.
     """
 
-    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run")
+    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run", "thread")
 
     def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
         """Made by ``Run.open`` only."""
         self.run = run
         self.call = call
+        self.thread = threading.get_ident()
+        """The thread that opened it."""
         self.rates = rates
         self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
         """The output limit to send with the request: what was asked for, or what is left of it."""
@@ -132,7 +134,8 @@ class Ticket:
                 bounds.append(reservation.charge())
             except Exception:  # whose code: a guard's; the next one is still charged
                 logger.exception("A reservation failed to charge and was passed over.")
-        cost = max((bound for bound in bounds if bound is not None), default=None)
+        # Where nothing was held, because no budget covers the call, its bound was never worked out.
+        cost = max((bound for bound in bounds if bound is not None), default=None if self.rates is None else 0)
         with _ticket_lock:
             # Its usage may have come in while it was being charged.
             if self._status != "charged":

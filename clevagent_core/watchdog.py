@@ -172,7 +172,7 @@ class Watchdog:
         check_names(tuple(budgets))
         for name, value in (tags or {}).items():
             if not isinstance(name, str) or not isinstance(value, str):
-                raise UsageError(f"tags={{{name!r}: {value!r}}}: names and values of tags are text. Write str({value!r}).")
+                raise UsageError(f"tags={{{name!r}: {value!r}}}: names and values of tags are text, by which Budget(by=...) tells accounts apart. Write str({value!r}).")
         own = None
         if guards:
             own = Plugins()

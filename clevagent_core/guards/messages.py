@@ -61,7 +61,7 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
         message = (
             f"A {what} was refused before it was sent. {could}, and {_account(balance, show)}. The room is only held: the same call "
             f"may fit once those are settled. Try again later, make fewer calls at once, or let calls wait longer "
-            f"(wait_s is {run.watchdog.settings.wait_s:g} s; on an event loop only guard(model) can wait)."
+            f"(wait_s is {run.watchdog.settings.wait_s:g} s; on an event loop only guard(model) and `async with` blocks wait)."
         )
         return _incident(run, "busy", message, "raise", balance, refusal.needed)
     until = {
@@ -92,7 +92,8 @@ def notice_incident(run: Run, notice: Notice) -> Incident:
             "What the provider billed is recorded, and every later call is refused. A call cost more than could be known before "
             "it was sent: give an output limit, or use clevagent.guard(model), which sends one."
             if balance.latched
-            else "Nothing is stopped, because this budget only warns (on_exceed='warn', or dry_run)."
+            else "Nothing is stopped, because "
+            + ("this is a dry run." if run.dry_run else "this budget only warns (on_exceed='warn').")
         )
     )
-    return _incident(run, "overshoot", message, "warn", balance, None)
+    return _incident(run, "overshoot", message, "dry_run" if run.dry_run else "warn", balance, None)

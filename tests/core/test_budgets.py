@@ -28,7 +28,9 @@ def mistake(**fields):
 
 
 def test_a_budget_without_a_limit():
-    assert mistake(per="day") == snapshot("Budget() has no limit, so it would never stop anything. Give at least one of usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls, for example Budget(usd=0.50).")
+    assert mistake(per="day") == snapshot(
+        "Budget() has no limit, so it would never stop anything. Give at least one of usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls, for example Budget(usd=0.50)."
+    )
 
 
 def test_a_ceiling_in_money_that_is_negative():
@@ -36,27 +38,39 @@ def test_a_ceiling_in_money_that_is_negative():
 
 
 def test_a_ceiling_in_money_that_is_zero():
-    assert mistake(usd=0) == snapshot("Budget(usd=0) comes to nothing (money is counted down to $0.000000000001), which would refuse every call. Give a positive number of US dollars, or leave usd out for no limit in money.")
+    assert mistake(usd=0) == snapshot(
+        "Budget(usd=0) comes to nothing (money is counted down to $0.000000000001), which would refuse every call. Give a positive number of US dollars, or leave usd out for no limit in money."
+    )
 
 
 def test_a_ceiling_in_money_that_is_too_small_to_count():
-    assert mistake(usd=1e-13) == snapshot("Budget(usd=1e-13) comes to nothing (money is counted down to $0.000000000001), which would refuse every call. Give a positive number of US dollars, or leave usd out for no limit in money.")
+    assert mistake(usd=1e-13) == snapshot(
+        "Budget(usd=1e-13) comes to nothing (money is counted down to $0.000000000001), which would refuse every call. Give a positive number of US dollars, or leave usd out for no limit in money."
+    )
 
 
 def test_a_ceiling_in_money_that_is_not_a_number():
-    assert mistake(usd=math.nan) == snapshot("usd=nan is not a finite amount, so nothing could ever be compared with it. Give a finite number of US dollars; for no limit, leave usd out.")
+    assert mistake(usd=math.nan) == snapshot(
+        "usd=nan is not a finite amount, so nothing could ever be compared with it. Give a finite number of US dollars; for no limit, leave usd out."
+    )
 
 
 def test_a_ceiling_in_money_that_is_infinite():
-    assert mistake(usd=math.inf) == snapshot("usd=inf is not a finite amount, so nothing could ever be compared with it. Give a finite number of US dollars; for no limit, leave usd out.")
+    assert mistake(usd=math.inf) == snapshot(
+        "usd=inf is not a finite amount, so nothing could ever be compared with it. Give a finite number of US dollars; for no limit, leave usd out."
+    )
 
 
 def test_a_ceiling_in_money_that_is_a_truth_value():
-    assert mistake(usd=True) == snapshot("usd=True is a bool, not an amount of money. Give US dollars as a number, for example usd=0.50.")
+    assert mistake(usd=True) == snapshot(
+        "usd=True is a bool, not an amount of money. Give US dollars as a number, for example usd=0.50."
+    )
 
 
 def test_a_ceiling_in_money_that_is_no_number():
-    assert mistake(usd="five") == snapshot("usd='five' cannot be read as a number. Give US dollars as a number, for example usd=0.50.")
+    assert mistake(usd="five") == snapshot(
+        "usd='five' cannot be read as a number. Give US dollars as a number, for example usd=0.50."
+    )
 
 
 def test_a_ceiling_in_money_that_no_ledger_can_hold():
@@ -70,27 +84,39 @@ def test_a_count_that_is_no_ceiling_is_named(unit, value):
 
 
 def test_a_count_that_is_negative():
-    assert mistake(tokens=-1) == snapshot("Budget(tokens=-1) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave tokens out for no limit.")
+    assert mistake(tokens=-1) == snapshot(
+        "Budget(tokens=-1) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave tokens out for no limit."
+    )
 
 
 def test_a_count_that_is_zero():
-    assert mistake(llm_calls=0) == snapshot("Budget(llm_calls=0) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave llm_calls out for no limit.")
+    assert mistake(llm_calls=0) == snapshot(
+        "Budget(llm_calls=0) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave llm_calls out for no limit."
+    )
 
 
 def test_a_count_that_is_not_whole():
-    assert mistake(tool_calls=1.5) == snapshot("Budget(tool_calls=1.5) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave tool_calls out for no limit.")
+    assert mistake(tool_calls=1.5) == snapshot(
+        "Budget(tool_calls=1.5) is not a ceiling: a ceiling is a positive whole number, of at most 64 bits. Give one, or leave tool_calls out for no limit."
+    )
 
 
 def test_a_count_that_is_a_truth_value():
-    assert mistake(tokens=True) == snapshot("Budget(tokens=True) is a bool, not a count, so nothing could be compared with it. Give a positive whole number.")
+    assert mistake(tokens=True) == snapshot(
+        "Budget(tokens=True) is a bool, not a count, so nothing could be compared with it. Give a positive whole number."
+    )
 
 
 def test_an_unknown_window():
-    assert mistake(usd=1, per="week") == snapshot("Budget(per='week') names no window that exists. Use one of 'run', 'thread', 'hour', 'day', 'month', 'lifetime'.")
+    assert mistake(usd=1, per="week") == snapshot(
+        "Budget(per='week') names no window that exists, so it could not be told when to start from zero. Use one of 'run', 'thread', 'hour', 'day', 'month', 'lifetime'."
+    )
 
 
 def test_an_unknown_action():
-    assert mistake(usd=1, on_exceed="explode") == snapshot("Budget(on_exceed='explode') is no action. Use 'raise', 'warn', or a callable that gets the incident.")
+    assert mistake(usd=1, on_exceed="explode") == snapshot(
+        "Budget(on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."
+    )
 
 
 def test_an_async_callable():
@@ -101,15 +127,21 @@ def test_an_async_callable():
 
 
 def test_keeping_all_of_the_ceiling():
-    assert mistake(usd=1, keep_usd=1) == snapshot("Budget(keep_usd=1, usd=1) keeps nothing for the work itself: what is kept is part of the ceiling. Give a usd= that is larger than keep_usd=.")
+    assert mistake(usd=1, keep_usd=1) == snapshot(
+        "Budget(keep_usd=1, usd=1) keeps nothing for the work itself: what is kept is part of the ceiling. Give a usd= that is larger than keep_usd=."
+    )
 
 
 def test_keeping_money_of_a_ceiling_that_is_not_in_money():
-    assert mistake(tokens=5, keep_usd=0.1) == snapshot("Budget(keep_usd=0.1, usd=None) keeps nothing for the work itself: what is kept is part of the ceiling. Give a usd= that is larger than keep_usd=.")
+    assert mistake(tokens=5, keep_usd=0.1) == snapshot(
+        "Budget(keep_usd=0.1, usd=None) keeps nothing for the work itself: what is kept is part of the ceiling. Give a usd= that is larger than keep_usd=."
+    )
 
 
 def test_keeping_less_than_nothing():
-    assert mistake(usd=1, keep_usd=-1) == snapshot("keep_usd=-1 is negative; money here is never below zero. Give a positive number of US dollars.")
+    assert mistake(usd=1, keep_usd=-1) == snapshot(
+        "keep_usd=-1 is negative; money here is never below zero. Give a positive number of US dollars."
+    )
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, math.nan, "0.8", True, None])
@@ -118,18 +150,25 @@ def test_a_warning_mark_that_is_no_share_is_named(share):
 
 
 def test_a_warning_mark_out_of_range():
-    assert mistake(usd=1, warn_at=80) == snapshot("Budget(warn_at=80) is not a share of the ceiling. Give a number above 0 and at most 1, such as 0.8.")
+    assert mistake(usd=1, warn_at=80) == snapshot(
+        "Budget(warn_at=80) is not a share of the ceiling, so nothing could be told at it. Give a number above 0 and at most 1, such as 0.8."
+    )
 
 
 @pytest.mark.parametrize("scope", ["node", "tool", "model", "by", "name"])
 @pytest.mark.parametrize("value", ["", 5])
 def test_a_scope_that_names_nothing(scope, value):
-    assert mistake(usd=1, **{scope: value}) == f"Budget({scope}={value!r}) names nothing. Give a non-empty string, or leave {scope} out."
+    assert (
+        mistake(usd=1, **{scope: value})
+        == f"Budget({scope}={value!r}) names nothing. Give a non-empty string, or leave {scope} out."
+    )
 
 
 def test_two_budgets_with_one_name_in_one_list():
     budgets = [Budget(usd=1, name="b"), Budget(usd=2, name="b")]
-    assert message_of(clevagent.run, budgets=budgets) == snapshot("Two budgets are named 'b' but differ in usd (usd=1 and 2). One account cannot have two ceilings: give them different names, or make them equal.")
+    assert message_of(clevagent.run, budgets=budgets) == snapshot(
+        "Two budgets are named 'b' but differ in usd (usd=1 and 2). One account cannot have two ceilings: give them different names, or make them equal."
+    )
 
 
 def test_two_equal_budgets_in_one_list_are_one(make, spend):
@@ -141,13 +180,15 @@ def test_two_equal_budgets_in_one_list_are_one(make, spend):
 def test_two_budgets_with_one_name_on_one_account_of_a_run_and_of_init(make, llm):
     watchdog = make(budgets=[Budget(usd=5, per="day", name="b")])
     with watchdog.run(budgets=[Budget(usd=6, per="day", name="b")]) as run:
-        assert message_of(run.open, llm()) == snapshot("The budget 'b' is already in use for 'all' with a ceiling of $6.00, and is now given with $5.00. One account cannot have two ceilings: give the budgets different names, or raise the ceiling with top_up().")
+        assert message_of(run.open, llm()) == snapshot(
+            "The budget 'b' is already in use for 'all' with a ceiling of $6.00, and is now given with $5.00. One account cannot have two ceilings: give the budgets different names, or raise the ceiling with top_up()."
+        )
 
 
 def test_two_budgets_with_one_name_on_one_account_in_calls(make, llm):
     watchdog = make(budgets=[Budget(llm_calls=5, per="day", name="b")])
     with watchdog.run(budgets=[Budget(llm_calls=6000, per="day", name="b")]) as run:
-        assert "with a ceiling of 5 llm calls, and is now given with 6,000 llm calls." in message_of(run.open, llm())
+        assert "with a ceiling of 6,000 llm calls, and is now given with 5 llm calls." in message_of(run.open, llm())
 
 
 def test_a_refused_conflict_holds_nothing(make, llm):
@@ -173,15 +214,21 @@ def test_an_action_that_nothing_can_carry_out_is_refused_with_the_way(make, acti
 
 
 def test_an_action_that_nothing_can_carry_out():
-    assert message_of(clevagent.run, budgets=[Budget(usd=1, on_exceed="halt")]) == snapshot("Budget('$1 per run', on_exceed='halt') needs an attachment that can end a framework's work gracefully; a guarded model, a callback handler and llm_call() cannot. Use on_exceed='raise' and catch clevagent.BudgetExceeded around the agent; keep_usd= and run.wrap_up() pay for a closing answer.")
+    assert message_of(clevagent.run, budgets=[Budget(usd=1, on_exceed="halt")]) == snapshot(
+        "Budget('$1 per run', on_exceed='halt') needs an attachment that can end a framework's work gracefully; a guarded model, a callback handler and llm_call() cannot. Use on_exceed='raise' and catch clevagent.BudgetExceeded around the agent; keep_usd= and run.wrap_up() pay for a closing answer."
+    )
 
 
 def test_what_is_no_budget():
-    assert message_of(clevagent.run, budgets=[0.5]) == snapshot("budgets=[0.5] is no Budget. Write budgets=[clevagent.Budget(usd=0.50)].")
+    assert message_of(clevagent.run, budgets=[0.5]) == snapshot(
+        "budgets=[0.5] is no Budget, so nothing would be limited by it. Write budgets=[clevagent.Budget(usd=0.50)]."
+    )
 
 
 def test_an_action_for_a_guarded_object_without_budgets():
-    assert message_of(clevagent.guard, object(), on_exceed="warn") == snapshot("guard(..., on_exceed='warn') has no budgets of its own to which that could apply. Give budgets=[...] beside it, or say on_exceed in the budgets of init() or run().")
+    assert message_of(clevagent.guard, object(), on_exceed="warn") == snapshot(
+        "guard(..., on_exceed='warn') has no budgets of its own to which that could apply. Give budgets=[...] beside it, or say on_exceed in the budgets of init() or run()."
+    )
 
 
 def test_a_callable_that_cannot_be_hashed_is_an_action():
