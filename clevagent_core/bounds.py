@@ -77,7 +77,9 @@ def is_opaque(content: object) -> bool:
         return False
     if isinstance(content, Mapping):
         kind = content.get("type")
-        if isinstance(kind, str) and kind not in _TEXT_BLOCKS and _has_payload(content):
+        if isinstance(kind, str) and kind not in _TEXT_BLOCKS and (kind in _REFERENCES or _has_payload(content)):
+            return True
+        if kind is None and not _UNTYPED_PAYLOADS.isdisjoint(content):
             return True
         return any(is_opaque(value) for value in content.values())
     if isinstance(content, (list, tuple)):
@@ -92,7 +94,22 @@ _TEXT_BLOCKS = frozenset(
         "boolean", "array", "null", "json_schema", "json_object", "human", "ai", "system", "tool",
     }
 )  # fmt: skip
-_PAYLOAD_KEYS = ("image_url", "source", "file", "file_id", "url", "data", "base64", "input_audio", "video_url", "image", "audio")
+_PAYLOAD_KEYS = (
+    "image_url", "source", "file", "file_id", "file_url", "file_data", "url", "data", "base64", "input_audio", "video_url", "image",
+    "audio",
+)  # fmt: skip
+_REFERENCES = frozenset({"item_reference"})
+"""Blocks that only name what is kept at the provider."""
+_UNTYPED_PAYLOADS = frozenset({"file_data", "fileData", "inline_data", "inlineData"})
+"""Gemini's blocks have no type: the key tells."""
+
+
+def runs_at_provider(tool: object) -> bool:
+    """Tell whether a tool's schema names one that the provider runs (``web_search_20250305``, ``mcp``): what it reads is billed as
+    input. Tools of the caller's own are ``function`` or ``custom``, or have no type.
+    """  # noqa: D205 - what it tells needs its reason
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    return isinstance(kind, str) and kind != "custom" and kind not in _TEXT_BLOCKS
 
 
 def _has_payload(block: Mapping[object, object]) -> bool:

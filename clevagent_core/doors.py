@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from clevagent_core.bounds import is_opaque
+from clevagent_core.bounds import is_opaque, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
 from clevagent_core.tickets import Ticket
@@ -114,7 +114,7 @@ class LLMCallBlock:
             answers=answers,
             provider=provider,
             node=node,
-            opaque=is_opaque(items),
+            opaque=is_opaque(items) or any(runs_at_provider(tool) for tool in tools),
         )
         self._ticket: Ticket | None = None
 

@@ -223,10 +223,10 @@ def _generate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._generate  # noqa: SLF001 - the method that is overridden
-    if run_manager is not None and _takes_run_manager(base):
-        kwargs["run_manager"] = run_manager
+    # No part of the request: what a model is sent is read from kwargs.
+    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
     if _is_inside(self, run_manager):
-        return base(self, messages, stop=stop, **kwargs)
+        return base(self, messages, stop=stop, **manager, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
@@ -235,7 +235,7 @@ def _generate(
         inside = _Inside(self, run_manager)
         try:
             with inside:
-                result = base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+                result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise
@@ -256,10 +256,10 @@ async def _agenerate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._agenerate  # noqa: SLF001 - the method that is overridden
-    if run_manager is not None and _takes_run_manager(base):
-        kwargs["run_manager"] = run_manager
+    # No part of the request: what a model is sent is read from kwargs.
+    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
     if _is_inside(self, run_manager):
-        return await base(self, messages, stop=stop, **kwargs)
+        return await base(self, messages, stop=stop, **manager, **kwargs)
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
@@ -268,7 +268,7 @@ async def _agenerate(
         inside = _Inside(self, run_manager)
         try:
             with inside:
-                result = await base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call))
+                result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
             _failed(ticket, error)
             raise
