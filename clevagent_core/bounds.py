@@ -136,6 +136,26 @@ class _Conversation:
         return self.tools == list(tools) if tools else not self.tools
 
 
+class _Asked:
+    """What a call sent when its bound was asked for: what is edited while it is in flight must not pass for what was counted."""
+
+    __slots__ = ("items", "known", "tools")
+
+    def __init__(self, known: _Conversation | None, call: LLMCall) -> None:
+        self.known = known
+        if known is None:
+            self.items = _copies(call.input)
+            self.tools = copy.deepcopy(list(call.tools)) if call.tools else []
+        else:
+            new = call.input[len(known.items) :]
+            self.items = known.items + _copies(new) if new else known.items
+            self.tools = known.tools
+
+
+def _copies(items: Sequence[object]) -> list[object]:
+    return [item if isinstance(item, str) else copy.deepcopy(item) for item in items]
+
+
 class CalibratedBounds:
     """The built-in provider of bounds: see the module's text. Safe to use from any thread."""
 
@@ -151,7 +171,8 @@ class CalibratedBounds:
         if call.opaque:
             return None
         items = call.input
-        call.seen = known = self._find(call)
+        known = self._find(call)
+        call.seen = _Asked(known, call)
         if known is not None:
             bound = known.input_tokens
             for item in items[len(known.items) :]:
@@ -166,21 +187,17 @@ class CalibratedBounds:
     def clevagent_call_settled(self, run: Run, call: Call, outcome: Outcome) -> None:  # noqa: ARG002 - hot hooks take all arguments
         """Learn what the provider reported for this history."""
         usage = outcome.usage
-        if usage is None or not isinstance(call, LLMCall) or call.opaque or usage.input_tokens <= 0 or not call.input:
+        if usage is None or not isinstance(call, LLMCall) or call.opaque or usage.input_tokens <= 0:
             return
-        known = call.seen
-        if not isinstance(known, _Conversation):
-            known = None
-        elif known.input_tokens == usage.input_tokens and len(known.items) == len(call.input):
+        asked = call.seen
+        if not isinstance(asked, _Asked) or not asked.items:
             return
-        items = list(call.input)
-        seen = known.items if known is not None else []
-        # A copy of what can be changed in place: a message that was edited must not pass for the one that was counted.
-        items = seen + [item if isinstance(item, str) else copy.deepcopy(item) for item in items[len(seen) :]]
-        tools = known.tools if known is not None else copy.deepcopy(list(call.tools))
+        known = asked.known
+        if known is not None and known.input_tokens == usage.input_tokens and known.items is asked.items:
+            return
         with self._lock:
-            key = _key(call.model, items[:2])
-            self._known[key] = _Conversation(items, tools, usage.input_tokens)
+            key = _key(call.model, asked.items[:2])
+            self._known[key] = _Conversation(asked.items, asked.tools, usage.input_tokens)
             self._known.move_to_end(key)
             if len(self._known) > _CONVERSATIONS:
                 self._known.popitem(last=False)
@@ -216,8 +233,8 @@ def _key(model: str, first: Sequence[object]) -> int:
     key = hash(model)
     for item in first:
         part = item
-        while isinstance(part, (tuple, list)) and part:
-            part = part[0]
+        while isinstance(part, (tuple, list, dict)) and part:
+            part = part.get("content", part.get("text")) if isinstance(part, dict) else part[0]
         key = key * 31 + (hash(part) if isinstance(part, str) else 1)
     return key
 

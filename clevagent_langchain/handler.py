@@ -3,7 +3,7 @@
 It hooks where LangChain lets a callback refuse: in ``on_chat_model_start``, ``on_llm_start`` and ``on_tool_start``, as a *sync*
 handler with ``raise_error`` (else the exception is logged and the request sent) and ``run_inline`` (else async calls run it in
 another thread, beside other handlers). It cannot change a request, and is not told of every end; ``guard(model)`` can and is.
-Checked with langchain-core 1.0, 1.7 and 1.8.
+Checked with langchain-core 1.0 and 1.7.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Output limits stand under several keys, and the largest may be the one that is sent (a limit of the constructor and one of the
 call go out side by side), so the largest counts. ``ls_model_name`` tells a model that was overridden for one call, where
-``invocation_params["model_name"]`` is stale. Checked with langchain-core 1.7 and 1.8.
+``invocation_params["model_name"]`` is stale. Checked with langchain-core 1.7.
 """
 
 from __future__ import annotations

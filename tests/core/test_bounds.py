@@ -29,7 +29,9 @@ TEXTS = st.one_of(
     st.text(st.characters(categories=["Cs"]), max_size=5),
 )
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXTS)
-JSON = st.recursive(LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)))
+JSON = st.recursive(
+    LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4))
+)
 MESSAGES = st.one_of(
     st.text(max_size=60),
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=60)}),
@@ -102,7 +104,9 @@ def test_the_bound_of_a_new_history_is_never_below_its_bytes(items):
 
 def test_tools_are_counted_beside_the_messages():
     schema = {"name": "search", "description": "x" * 100}
-    assert CalibratedBounds().clevagent_bound(call(["hello"], tools=[schema])) == by_bytes(["hello"], [schema]) > TOOLS_OVERHEAD + 100
+    assert (
+        CalibratedBounds().clevagent_bound(call(["hello"], tools=[schema])) == by_bytes(["hello"], [schema]) > TOOLS_OVERHEAD + 100
+    )
 
 
 def test_what_cannot_be_bounded_is_left_to_the_context_window():
@@ -125,7 +129,9 @@ def test_text_is_not_opaque(content):
     assert not is_opaque(content)
 
 
-@pytest.mark.parametrize("content", [b"png", [b"png"], {"type": "image", "url": "x"}, ({"content": [{"type": "file", "file": {}}]},)])
+@pytest.mark.parametrize(
+    "content", [b"png", [b"png"], {"type": "image", "url": "x"}, ({"content": [{"type": "file", "file": {}}]},)]
+)
 def test_what_is_no_text_is_opaque(content):
     assert is_opaque(content)
 

@@ -372,7 +372,7 @@ def test_windows_that_no_calendar_ends(per):
 
 
 def test_windows_are_those_of_utc(monkeypatch):
-    import time  # noqa: PLC0415 - to change the zone
+    import time
 
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     time.tzset()

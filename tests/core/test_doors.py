@@ -16,7 +16,7 @@ PRICES = {"cent": Price(input=0, output=10_000, context_window=1000), "even": Pr
 
 
 @pytest.fixture
-def init(clock, monkeypatch):
+def init():
     """Start the process's watchdog with prices that are easy to reckon with; no call waits."""
 
     def init(**settings):
@@ -50,9 +50,8 @@ def spent(run):
 
 def test_a_call_is_refused_before_its_body_runs(init):
     init()
-    with clevagent.run(budgets=[Budget(usd=0.02)]) as run:
-        with pytest.raises(BudgetExceeded), call(3):
-            pytest.fail("the request went out")
+    with clevagent.run(budgets=[Budget(usd=0.02)]) as run, pytest.raises(BudgetExceeded), call(3):
+        pytest.fail("the request went out")
     assert run.summary().refusals == 1
 
 
@@ -60,9 +59,8 @@ def test_an_async_call_is_refused_before_its_body_runs(init):
     init()
 
     async def work():
-        async with clevagent.run(budgets=[Budget(usd=0.02)]):
-            async with call(3):
-                pytest.fail("the request went out")
+        async with clevagent.run(budgets=[Budget(usd=0.02)]), call(3):
+            pytest.fail("the request went out")
 
     with pytest.raises(BudgetExceeded):
         asyncio.run(work())
@@ -86,9 +84,8 @@ def test_an_async_call_settles(init):
     init()
 
     async def work():
-        async with clevagent.run(budgets=[Budget(usd=1)]) as run:
-            async with call(50) as opened:
-                opened.settle(input_tokens=10, output_tokens=3)
+        async with clevagent.run(budgets=[Budget(usd=1)]) as run, call(50) as opened:
+            opened.settle(input_tokens=10, output_tokens=3)
         return run
 
     assert spent(asyncio.run(work())) == 0.03
@@ -127,9 +124,8 @@ def test_leaving_without_a_word_charges_the_upper_bound(init):
 
 def test_an_exception_in_the_body_charges_the_upper_bound_and_goes_on(init):
     init()
-    with clevagent.run(budgets=[Budget(usd=1)]) as run:
-        with pytest.raises(TimeoutError), call(50):
-            raise TimeoutError
+    with clevagent.run(budgets=[Budget(usd=1)]) as run, pytest.raises(TimeoutError), call(50):
+        raise TimeoutError
     assert (spent(run), run.summary().calls_charged_at_bound) == (0.5, 1)
 
 
@@ -155,10 +151,9 @@ def test_a_cancelled_task_charges_the_upper_bound(init):
 
 def test_an_exception_after_the_settlement_changes_nothing(init):
     init()
-    with clevagent.run(budgets=[Budget(usd=1)]) as run:
-        with pytest.raises(KeyError), call(50) as opened:
-            opened.settle(input_tokens=1, output_tokens=3)
-            raise KeyError
+    with clevagent.run(budgets=[Budget(usd=1)]) as run, pytest.raises(KeyError), call(50) as opened:
+        opened.settle(input_tokens=1, output_tokens=3)
+        raise KeyError
     assert spent(run) == 0.03
 
 
@@ -189,9 +184,8 @@ def test_usage_past_what_was_held_is_recorded_and_stops_what_comes_after(init):
 
 def test_answers_multiply_the_output(init):
     init()
-    with clevagent.run(budgets=[Budget(usd=0.05)]):
-        with pytest.raises(BudgetExceeded) as caught, call(2, answers=3):
-            pytest.fail("the request went out")
+    with clevagent.run(budgets=[Budget(usd=0.05)]), pytest.raises(BudgetExceeded) as caught, call(2, answers=3):
+        pytest.fail("the request went out")
     assert caught.value.needed == 0.06
 
 

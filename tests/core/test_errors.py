@@ -23,7 +23,9 @@ from clevagent import (
 from clevagent_core import errors
 
 ROOT = Path(clevagent.__file__).parents[1]
-SOURCES = sorted(path for package in ("clevagent", "clevagent_core", "clevagent_langchain") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("clevagent", "clevagent_core", "clevagent_langchain") for path in (ROOT / package).rglob("*.py")
+)
 
 INCIDENT = Incident(
     kind="budget",
@@ -52,7 +54,9 @@ STOPPED = sorted((kind for kind in subclasses(Stopped) if kind.__module__ == err
 
 
 def test_the_tree_of_errors():
-    assert {kind.__name__: [base.__name__ for base in kind.__bases__] for kind in vars(errors).values() if isinstance(kind, type)} == {
+    assert {
+        kind.__name__: [base.__name__ for base in kind.__bases__] for kind in vars(errors).values() if isinstance(kind, type)
+    } == {
         "ClevAgentError": ["Exception"],
         "Stopped": ["ClevAgentError", "RuntimeError"],
         "BudgetExceeded": ["Stopped"],
@@ -99,7 +103,12 @@ def test_a_real_refusal_tells_its_numbers_and_survives_pickling(make, llm):
             run.open(llm(9))
     error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
     assert (error.budget, error.spent, error.held, error.needed, error.ceiling) == ("small", 0.02, 0.04, 0.09, 0.1)
-    assert (error.run_id, error.incident.agent, error.incident.unit, error.incident.action) == (run.run_id, "research", "usd", "raise")
+    assert (error.run_id, error.incident.agent, error.incident.unit, error.incident.action) == (
+        run.run_id,
+        "research",
+        "usd",
+        "raise",
+    )
 
 
 @pytest.mark.parametrize("kind", [UsageError, PluginError])
@@ -111,9 +120,7 @@ def test_a_mistake_survives_pickling(kind):
 def literals(path):
     """The texts of a module, docstrings left out; those of f-strings piece by piece, and joined."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    docstrings = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)

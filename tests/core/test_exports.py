@@ -75,13 +75,13 @@ def test_every_argument_of_a_public_function_is_explained(name):
 
 
 def test_every_setting_is_named_where_init_is_explained():
-    from clevagent_core.settings import Settings  # noqa: PLC0415 - beside its only use
+    from clevagent_core.settings import Settings
 
     text = documented(clevagent.init)
     assert [field.name for field in dataclasses.fields(Settings) if f"``{field.name}``" not in text] == []
 
 
 def test_every_error_that_can_be_caught_is_public():
-    from clevagent_core import errors  # noqa: PLC0415 - beside its only use
+    from clevagent_core import errors
 
     assert {name for name, value in vars(errors).items() if isinstance(value, type)} <= set(clevagent.__all__)

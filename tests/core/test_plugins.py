@@ -622,7 +622,7 @@ def test_a_bound_provider_that_raises_leaves_it_to_the_next(make, llm):
 
 
 def test_a_ledger_of_anybodys_is_opened_by_its_name(make, clock):
-    from clevagent_core.ledger.memory import MemoryLedger  # noqa: PLC0415 - beside its only use
+    from clevagent_core.ledger.memory import MemoryLedger
 
     opened = []
 

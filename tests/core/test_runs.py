@@ -457,7 +457,7 @@ def test_a_task_that_waited_in_vain_is_refused_as_busy(make, clock, llm):
     async def work():
         await run.aopen(llm(2))
         later = asyncio.create_task(run.aopen(llm(1)))
-        while not clock.waiting:
+        while not clock.waiting:  # noqa: ASYNC110 - the clock has no event for it
             await asyncio.sleep(0)
         clock.advance(60)
         await later

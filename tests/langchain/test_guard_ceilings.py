@@ -24,7 +24,7 @@ from langgraph.types import Send
 
 import clevagent
 from clevagent import Budget, BudgetExceeded
-from clevagent.testing import LoopbackProvider, Reply
+from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
 from clevagent_langchain import ClevAgentCallbackHandler, models
 
@@ -176,7 +176,7 @@ def generate(model, aio):
 
 
 def with_retry(model, aio):
-    in_threads(lambda: model.with_retry(stop_after_attempt=2, wait_exponential_jitter=False).invoke(PROMPT))
+    in_threads(lambda: retrying(model).invoke(PROMPT))
 
 
 def with_tools(model, aio):
@@ -239,8 +239,6 @@ def test_the_ceiling_holds_and_is_used(setting, call, aio):
 
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
 def test_beside_an_attached_handler_a_call_is_counted_once(setting, call, aio):
-    clevagent.init(attach=["langchain"], wait_s=20)
-    clevagent.shutdown()
     handler = ClevAgentCallbackHandler()
     with setting.run():
         call(setting.guarded(callbacks=[handler]), aio)
@@ -337,15 +335,16 @@ def test_only_the_primary_is_guarded_by_hand(setting, aio):
     assert setting.utilisation() >= 0.9
 
 
+def retrying(model):
+    return model.with_retry(stop_after_attempt=2, wait_exponential_jitter=False)
+
+
 PRIMARIES = {
     "bound": lambda guarded, plain: (guarded.bind_tools([lookup]), plain.bind_tools([lookup])),
     "with_config": lambda guarded, plain: (guarded.with_config(tags=["x"]), plain.with_config(tags=["x"])),
-    "with_retry": lambda guarded, plain: (guarded.with_retry(stop_after_attempt=2, wait_exponential_jitter=False), plain.with_retry()),
+    "with_retry": lambda guarded, plain: (retrying(guarded), retrying(plain)),
     "bound_then_configured": lambda guarded, plain: (guarded.bind_tools([lookup]).with_config(tags=["x"]), plain),
-    "bound_then_retried": lambda guarded, plain: (
-        guarded.bind_tools([lookup]).with_retry(stop_after_attempt=2, wait_exponential_jitter=False),
-        plain,
-    ),
+    "bound_then_retried": lambda guarded, plain: (retrying(guarded.bind_tools([lookup])), plain),
     "bound_twice": lambda guarded, plain: (guarded.bind(stop=["a"]).bind(stop=["b"]), plain.bind(stop=["a"])),
     "fallbacks_of_fallbacks": lambda guarded, plain: (guarded.with_fallbacks([plain]), plain),
     "listened": lambda guarded, plain: (guarded.with_listeners(on_start=lambda run: None), plain),
@@ -482,6 +481,7 @@ def test_cancelled_while_waiting_for_held_money_leaves_nothing_held(limited, aio
     model = limited.guarded()
 
     async def main():
+        await model.ainvoke(PROMPT)  # makes the client, which takes a while
         tasks = [asyncio.create_task(model.ainvoke(PROMPT)) for _ in range(TRIES)]
         await asyncio.sleep(0.1)
         for task in tasks[::2]:
