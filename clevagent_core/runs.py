@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clevagent")
 
 
+_TOLD_BY_BUDGETS = frozenset({"budget", "busy"})
+
+
 class Run:
     """One piece of the agent's work, from start to outcome.
 
@@ -151,13 +154,23 @@ class Run:
         return Remaining(usd=None if usd is None else to_usd(usd), **left)
 
     def top_up(
-        self, *, usd: float | str = 0, tokens: int = 0, llm_calls: int = 0, tool_calls: int = 0, budget: str | None = None
+        self,
+        *,
+        usd: float | str = 0,
+        tokens: int = 0,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        llm_calls: int = 0,
+        tool_calls: int = 0,
+        budget: str | None = None,
     ) -> None:
         """Raise a ceiling and open its latch; calls that wait go on.
 
         Args:
             usd: by how many US dollars.
             tokens: by how many tokens (of a ``tokens=`` limit).
+            input_tokens: by how many input tokens.
+            output_tokens: by how many output tokens.
             llm_calls: by how many model calls.
             tool_calls: by how many tool calls.
             budget: the budget's name. Not needed where only one budget of this run, or of those around it, has that limit.
@@ -166,10 +179,17 @@ class Run:
             UsageError: nothing to add, a negative amount, or no single budget that is meant.
 
         """
-        amounts = {"usd": to_pico(usd, what="usd"), "tokens": tokens, "llm_calls": llm_calls, "tool_calls": tool_calls}
+        counts = {
+            "tokens": tokens,
+            "input_tokens": input_tokens,
+            "output_tokens": output_tokens,
+            "llm_calls": llm_calls,
+            "tool_calls": tool_calls,
+        }
+        amounts = {"usd": to_pico(usd, what="usd"), **counts}
         if any(type(amount) is not int or amount < 0 for amount in amounts.values()) or not any(amounts.values()):
             raise UsageError(
-                f"top_up(usd={usd!r}, tokens={tokens!r}, llm_calls={llm_calls!r}, tool_calls={tool_calls!r}) cannot be added: "
+                f"top_up({', '.join(f'{name}={value!r}' for name, value in {'usd': usd, **counts}.items() if value)}) cannot be added: "
                 "counts are whole numbers, none is negative, and at least one is above 0. Give what to add, for example run.top_up(usd=1)."
             )
         # All are looked up before any is raised: a mistake in one amount leaves every ceiling as it was.
@@ -270,6 +290,9 @@ class Run:
         if self.dry_run:
             self.watchdog.tell(replace(verdict.incident, action="dry_run"))
             return None
+        # Budgets tell their own stops, once for each account.
+        if verdict.incident.kind not in _TOLD_BY_BUDGETS:
+            self.watchdog.tell(verdict.incident)
         return verdict
 
     def _fault(self, plugin: object, error: Exception) -> Stop | Warn:
@@ -291,10 +314,7 @@ class Run:
             action="raise" if closed else "warn",
         )
         logger.error("The guard %s failed.", type(plugin).__name__, exc_info=error)
-        if not closed:
-            return Warn(incident=incident)
-        self.watchdog.tell(incident)
-        return Stop(incident=incident)
+        return Stop(incident=incident) if closed else Warn(incident=incident)
 
     def _refused(self, stop: Stop) -> Stopped:
         for run in self._chain():

@@ -88,6 +88,7 @@ class Watchdog:
         """What is called outside every run belongs to this one."""
         _watchdogs.add(self)
         self.plugins.configure(self)
+        self.plugins.run_started(self.process_run)
         for name in self.settings.attach:
             self.attach(name)
 

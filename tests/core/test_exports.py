@@ -33,11 +33,10 @@ def test_all_is_what_is_public(module):
     assert public == set(module.__all__)
 
 
-@pytest.mark.parametrize(("module", "name"), PUBLIC)
+# hookimpl is pluggy's marker.
+@pytest.mark.parametrize(("module", "name"), [found for found in PUBLIC if found[1] != "hookimpl"])
 def test_every_public_name_has_a_docstring_of_its_own(module, name):
     value = getattr(module, name)
-    if name == "hookimpl":
-        pytest.skip("pluggy's marker")
     text = documented(value)
     assert text
     # A dataclass without a docstring gets its signature for one.
@@ -68,9 +67,9 @@ def test_public_dataclasses_are_keyword_only(name):
 def test_every_argument_of_a_public_function_is_explained(name):
     function = getattr(clevagent, name)
     text = documented(function)
-    if "Args:" not in text:
-        pytest.skip("one line says it")
-    missing = [argument for argument in inspect.signature(function).parameters if f"{argument}:" not in text]
+    # Where there is no list of arguments, the one line says it.
+    arguments = inspect.signature(function).parameters if "Args:" in text else ()
+    missing = [argument for argument in arguments if f"{argument}:" not in text]
     assert missing == []
 
 

@@ -137,9 +137,10 @@ def test_a_refusal_in_a_nested_block_leaves_the_outer_one_current(make, llm):
 
 
 def test_observers_hear_when_runs_begin_and_end(make, heard, clock):
-    with make(plugins=[heard]).run() as run:
+    watchdog = make(plugins=[heard])
+    with watchdog.run() as run:
         clock.advance(5)
-    assert heard.started == [run]
+    assert heard.started == [watchdog.process_run, run]
     assert [(summary.run_id, summary.ended_at - summary.started_at) for summary in heard.ended] == [(run.run_id, 5)]
 
 

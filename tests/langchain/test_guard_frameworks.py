@@ -123,7 +123,7 @@ WAYS = {
     "streaming=True": (1, lambda model, aio: clevagent.guard(model).model_copy(update={"streaming": True}).invoke("Hi")),
     "bind": (1, lambda model, aio: model.bind(stop=["END"]).invoke("Hi")),
     "with_config": (1, lambda model, aio: model.with_config(tags=["x"]).invoke("Hi")),
-    "with_retry": (1, lambda model, aio: model.with_retry().invoke("Hi")),
+    "with_retry": (1, lambda model, aio: model.with_retry(wait_exponential_jitter=False).invoke("Hi")),
 }  # fmt: skip
 
 
