@@ -21,8 +21,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_blocks_run_one_after_the_other(page, monkeypatch, tmp_path):
-    """The blocks of a page share one namespace, like a reader's session; models talk to a provider on this machine."""
+def test_python_blocks_run_and_print_what_the_page_shows(page, monkeypatch, tmp_path, capsys):
+    """The blocks of a page share one namespace, like a reader's session; models talk to a provider on this machine.
+
+    A block of text right behind one of Python is what it prints.
+    """
     monkeypatch.chdir(tmp_path)
     with LoopbackProvider() as provider:
         monkeypatch.setenv("OPENAI_API_KEY", "test")
@@ -30,11 +33,17 @@ def test_python_blocks_run_one_after_the_other(page, monkeypatch, tmp_path):
         monkeypatch.setenv("ANTHROPIC_API_KEY", "test")
         monkeypatch.setenv("ANTHROPIC_BASE_URL", provider.anthropic_url)
         namespace = {"__name__": "__main__"}
-        for number, code in enumerate(blocks(page, "python"), 1):
+        found = BLOCK.findall(page.read_text())
+        for number, (language, code) in enumerate(found, 1):
+            if language != "python":
+                continue
             # A page shows several ways to start: each init stands for a program of its own.
             if re.search(r"^clevagent\.init\(", code, re.MULTILINE):
                 clevagent.shutdown()
+            capsys.readouterr()
             exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+            if number < len(found) and found[number][0] == "text":
+                assert capsys.readouterr().out == found[number][1], f"block {number}"
 
 
 def test_shell_blocks_name_what_exists():
