@@ -134,6 +134,13 @@ def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget
 
 
 def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Budget, ...]) -> BaseChatModel:
+    for budget in budgets:
+        if budget.tool_calls is not None:
+            raise UsageError(
+                f"guard(model, budgets=[{budget.label!r}]) limits tool calls, but a model is not asked when a tool is run, so the "
+                "limit would never hold. Give it to clevagent.run(budgets=[...]) and attach what sees tools: "
+                "clevagent.init(attach=['langchain']), or callbacks=[ClevAgentCallbackHandler()]."
+            )
     before = _guard_of(model)
     if before is not None:
         if not budgets and watchdog in {None, before.watchdog}:
@@ -212,7 +219,10 @@ def _base(model: BaseChatModel) -> type[BaseChatModel]:
     return cast("type[BaseChatModel]", type(model).__bases__[0])
 
 
-_WRAPPERS = ("bind", "bind_tools", "with_config", "with_retry", "with_listeners", "with_alisteners", "with_types")
+_WRAPPERS = (
+    "bind", "bind_tools", "with_structured_output", "with_config", "with_retry", "with_listeners", "with_alisteners", "with_types",
+    "pipe", "__or__",
+)  # fmt: skip
 """Methods that put a model into something that has ``with_fallbacks`` too."""
 
 
@@ -546,14 +556,14 @@ def _guarding_fallbacks(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guard_fallbacks_of(wrapped: Any) -> Any:
-    if isinstance(wrapped, (RunnableBindingBase, RunnableWithFallbacks)):
+    if isinstance(wrapped, (RunnableBindingBase, RunnableWithFallbacks, RunnableSequence)):
         object.__setattr__(wrapped, "__class__", _wrapping_class(type(wrapped)))
     return wrapped
 
 
 @functools.cache
 def _wrapping_class(base: type[Any]) -> type[Any]:
-    """Make the subclass for what a guarded model was put into: a binding, or one that retries or falls back."""
+    """Make the subclass for what a guarded model was put into: a binding, a chain, or one that retries or falls back."""
     if getattr(base, "_clevagent_guards_fallbacks", False):
         return base
 
@@ -582,9 +592,13 @@ def _wrapping_class(base: type[Any]) -> type[Any]:
 
 
 def _guard_within(runnable: Any) -> _Guard | None:
-    while isinstance(runnable, (RunnableBindingBase, RunnableWithFallbacks)):
-        runnable = runnable.bound if isinstance(runnable, RunnableBindingBase) else runnable.runnable
-    return _guard_of(runnable) if isinstance(runnable, BaseChatModel) else None
+    if isinstance(runnable, BaseChatModel):
+        return _guard_of(runnable)
+    if isinstance(runnable, RunnableSequence):
+        return next((guard for step in runnable.steps if (guard := _guard_within(step)) is not None), None)
+    if isinstance(runnable, RunnableBindingBase):
+        return _guard_within(runnable.bound)
+    return _guard_within(runnable.runnable) if isinstance(runnable, RunnableWithFallbacks) else None
 
 
 def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:

@@ -504,6 +504,27 @@ def test_a_fallback_chain_of_plain_models_is_refused_where_it_is_built(chat):
     guarded.with_fallbacks([guarded.with_structured_output(Answer, method="function_calling", include_raw=True)])
 
 
+@pytest.mark.parametrize("include_raw", [False, True])
+def test_fallbacks_of_chains_that_begin_with_a_guarded_model(include_raw, chat, provider):
+    clevagent.init()
+    guarded, plain = clevagent.guard(chat(max_tokens=300)), chat()
+    structured = guarded.with_structured_output(Answer, method="function_calling", include_raw=include_raw)
+    for chain in (
+        structured,
+        structured.with_config(tags=["x"]),
+        guarded | StrOutputParser(),
+        guarded.bind(stop=["x"]) | StrOutputParser(),
+    ):
+        for fallback in (plain | StrOutputParser(), plain.with_structured_output(Answer, method="function_calling")):
+            with pytest.raises(UsageError, match="Guard the"):
+                chain.with_fallbacks([fallback])
+        both = chain.with_fallbacks([plain, guarded | StrOutputParser()])
+        with clevagent.run(budgets=[Budget(usd="0.000001")]), pytest.raises(BudgetExceeded):
+            both.invoke("Hi")
+    assert provider.request_count == 0
+    assert dumpd(guarded | StrOutputParser()) == dumpd(chat(max_tokens=300) | StrOutputParser())
+
+
 # -- models that build one method out of another --------------------------------------------------------------------------
 
 

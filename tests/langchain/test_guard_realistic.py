@@ -197,7 +197,9 @@ def test_without_limits_eight_at_once(kind, provider, aio):
 
 def test_histories_with_tools(kind, model, provider):
     """An agent's history: calls of tools and what they told, JSON inside JSON."""
-    tools = [{"name": f"tool_{n}", "description": english(n, 300), "parameters": {"type": "object", "properties": {}}} for n in range(5)]
+    tools = [
+        {"name": f"tool_{n}", "description": english(n, 300), "parameters": {"type": "object", "properties": {}}} for n in range(5)
+    ]
 
     def work(model, number):
         messages = [*beginning(kind, number), question(kind, number, 0)]
