@@ -161,7 +161,7 @@ class CalibratedBounds:
 
     def __init__(self) -> None:
         """Nothing is known yet."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._known: OrderedDict[int, _Conversation] = OrderedDict()
         _all.add(self)
 
@@ -220,7 +220,7 @@ _all: weakref.WeakSet[CalibratedBounds] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     # The parent may have held the lock.
     for bounds in list(_all):
-        bounds._lock = threading.Lock()  # noqa: SLF001 - the same module
+        bounds._lock = threading.RLock()  # noqa: SLF001 - the same module
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

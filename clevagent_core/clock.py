@@ -31,6 +31,19 @@ class Clock(Protocol):
         ...
 
 
+class ReentrantEvent(threading.Event):
+    """An event that its own thread may set while it waits for it.
+
+    The garbage collector can close an abandoned stream at any allocation, also inside ``Event.wait``; the stream's call is then
+    settled there, and sets the event. That is why every lock of the kernel is reentrant, too.
+    """
+
+    def __init__(self) -> None:
+        """Start unset."""
+        super().__init__()
+        self._cond = threading.Condition(threading.RLock())
+
+
 class SystemClock:
     """The machine's clocks."""
 

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 
-from clevagent_core.clock import Clock
+from clevagent_core.clock import Clock, ReentrantEvent
 from clevagent_core.verdicts import Incident
 
 logger = logging.getLogger("clevagent")
@@ -25,7 +25,7 @@ class IncidentTeller:
         """Deliver by ``deliver``, which may block but does not raise."""
         self._deliver = deliver
         self._clock = clock
-        self._lock: threading.Lock
+        self._lock: threading.RLock
         self._queue: deque[Incident]
         self._wake: threading.Event
         self._idle: threading.Event
@@ -75,10 +75,10 @@ class IncidentTeller:
             )
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._queue = deque()
-        self._wake = threading.Event()
-        self._idle = threading.Event()
+        self._wake = ReentrantEvent()
+        self._idle = ReentrantEvent()
         self._idle.set()
         self._thread = None
         self._stopping = False

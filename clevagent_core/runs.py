@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from clevagent_core.accounts import accounts_of, record
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
+from clevagent_core.clock import ReentrantEvent
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, Stopped, UsageError
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
@@ -227,9 +228,9 @@ class Run:
         self.watchdog.ledger.forget(list(self.accounts.values()))
         summary = self.summary()
         # A run around many short ones must not keep the accounts of each.
-        for run in self._chain():
+        for run in self.chain():
             if run is not self:
-                for key in self.accounts:
+                for key in list(self.accounts):
                     run.used.pop(key, None)
         self.watchdog.run_is_over(self, summary)
         return summary
@@ -317,7 +318,7 @@ class Run:
         return Stop(incident=incident) if closed else Warn(incident=incident)
 
     def _refused(self, stop: Stop) -> Stopped:
-        for run in self._chain():
+        for run in self.chain():
             with run._tally.lock:  # noqa: SLF001 - a run of the same chain
                 run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
         kind = stop.incident.kind
@@ -333,7 +334,7 @@ class Run:
     def _wait(self, call: Call, extra: Sequence[Budget], stop: Stop) -> Ticket | Stop:
         clock = self.watchdog.clock
         deadline = clock.monotonic() + self.watchdog.settings.wait_s
-        event = threading.Event()
+        event = ReentrantEvent()
         unsubscribe = self.watchdog.ledger.changes.subscribe(event.set)
         answer: Ticket | Stop = stop
         try:
@@ -376,9 +377,10 @@ class Run:
 
     def after_fork(self) -> None:
         """Be usable in a forked child: a thread of the parent may have held the lock."""
-        self._tally.lock = threading.Lock()
+        self._tally.lock = threading.RLock()
 
-    def _chain(self) -> Iterator[Run]:
+    def chain(self) -> Iterator[Run]:
+        """This run and those around it, innermost first."""
         run: Run | None = self
         while run is not None:
             yield run

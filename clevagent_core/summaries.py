@@ -100,7 +100,7 @@ class Tally:
     __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "lock", "refusals", "tool_calls", "unpriced")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.by_model: dict[str, list[int]] = {}
         self.by_node: dict[str, list[int]] = {}
         self.by_tool: dict[str, list[int]] = {}
@@ -131,7 +131,7 @@ class Tally:
 def _add(table: dict[str, list[int]], name: str, count: int, cost: int, input_tokens: int, output_tokens: int) -> None:
     row = table.get(name)
     if row is None:
-        row = table[name] = [0, 0, 0, 0]
+        row = table.setdefault(name, [0, 0, 0, 0])
     row[0] += count
     row[1] += cost
     row[2] += input_tokens

@@ -172,13 +172,13 @@ class Ticket:
                 logger.exception("An observer of failed calls failed and was passed over.")
 
 
-_ticket_lock = threading.Lock()
+_ticket_lock = threading.RLock()
 """Guards a few instructions of every ticket; a lock for each would cost more than waiting for this one."""
 
 
 def _after_fork_in_child() -> None:
     global _ticket_lock  # noqa: PLW0603 - the parent may have held it
-    _ticket_lock = threading.Lock()
+    _ticket_lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -67,11 +67,12 @@ class Watchdog:
         """The latest incidents, oldest first."""
         self.plugins = Plugins(block=self.settings.block)
         self._teller = IncidentTeller(self.plugins.incident, self.clock)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._active: dict[Run, None] = {}
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
         self._has_started_run = False
+        self._has_told_thread = False
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
@@ -130,7 +131,8 @@ class Watchdog:
         """Find the run that a call made here belongs to.
 
         The innermost ``with`` block of this context. A raw thread inherits none: while one run (with those nested in it) is
-        active in the process, its calls count against that; else against the process's own run.
+        active in the process, its calls count against that; while several are, against the run around all of them; else against
+        the process's own run, which is told once.
         """
         run = self.current.get()
         if run is not None:
@@ -140,9 +142,27 @@ class Watchdog:
             return self.process_run
         with self._lock:
             runs = list(active)
-        if runs and all(other.root is runs[0].root for other in runs):
-            return runs[-1]
-        return self.process_run
+        deepest = max(runs, key=_depth, default=self.process_run)
+        if all(other in deepest.chain() for other in runs):
+            return deepest
+        # Several at once: the run around all of them, if there is one, counts for certain.
+        common = [run for run in deepest.chain() if all(run in other.chain() for other in runs)]
+        if not common and not self._has_told_thread:
+            self._has_told_thread = True
+            self.tell(
+                Incident(
+                    kind="thread",
+                    message=(
+                        f"A call was made in a thread that inherits no run, while {len(runs)} runs are active: it cannot be told "
+                        "whose it is, so it counts only against the budgets of the process. Open `with run.activate():` in the "
+                        "thread, or start it with contextvars.copy_context().run. (Told once.)"
+                    ),
+                    agent=self.settings.agent,
+                    run_id=self.process_run.run_id,
+                    at=self.clock.wall(),
+                )
+            )
+        return common[0] if common else self.process_run
 
     def start_run(
         self,
@@ -248,7 +268,7 @@ class Watchdog:
 
     def _after_fork(self) -> None:
         # Threads of the parent may have held these locks; the child has none of them.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for run in (self.process_run, *self._active):
             run.after_fork()
 
@@ -262,6 +282,10 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _depth(run: Run) -> int:
+    return sum(1 for _ in run.chain())
 
 
 class RunBlock:

@@ -30,7 +30,7 @@ class _Slot:
         return self.handler
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _slots: list[_Slot] = []
 
 

@@ -594,8 +594,9 @@ def _wrapping_class(base: type[Any]) -> type[Any]:
 def _guard_within(runnable: Any) -> _Guard | None:
     if isinstance(runnable, BaseChatModel):
         return _guard_of(runnable)
-    if isinstance(runnable, RunnableSequence):
-        return next((guard for step in runnable.steps if (guard := _guard_within(step)) is not None), None)
+    if isinstance(runnable, (RunnableSequence, RunnableParallel)):
+        steps = runnable.steps if isinstance(runnable, RunnableSequence) else runnable.steps__.values()
+        return next((guard for step in steps if (guard := _guard_within(step)) is not None), None)
     if isinstance(runnable, RunnableBindingBase):
         return _guard_within(runnable.bound)
     return _guard_within(runnable.runnable) if isinstance(runnable, RunnableWithFallbacks) else None

@@ -37,7 +37,7 @@ class Tracker:
     """The branches and tickets of one watchdog. Safe to use from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._branches: dict[UUID, Branch] = {}
         self._tickets: dict[UUID, tuple[Ticket, Branch | None] | None] = {}
 
@@ -123,7 +123,7 @@ class Tracker:
 
 
 _trackers: WeakKeyDictionary[Watchdog, Tracker] = WeakKeyDictionary()
-_trackers_lock = threading.Lock()
+_trackers_lock = threading.RLock()
 
 
 def tracker_of(watchdog: Watchdog) -> Tracker:

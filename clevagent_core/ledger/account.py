@@ -149,7 +149,7 @@ class Changes:
 
     def __init__(self) -> None:
         """Nobody listens yet."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._listeners: tuple[Callable[[], object], ...] = ()
 
     def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:

@@ -36,7 +36,7 @@ class MemoryLedger:
     def __init__(self) -> None:
         """Start with no accounts."""
         self.changes = Changes()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._accounts: dict[AccountKey, Account] = {}
         self._holds: dict[Hold, None] = {}
         self._evict_at = _EVICT_FROM
@@ -207,7 +207,7 @@ class MemoryLedger:
     def _after_fork(self) -> None:
         # The parent may have held the lock. Its accounts go on without us: whoever names one must look it up again, and is
         # told there that a child cannot share them.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.changes = Changes()
         for account in self._accounts.values():
             account.closed = True

@@ -29,7 +29,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import clevagent
 from clevagent import Budget, BudgetExceeded, Price, UsageError
@@ -117,7 +117,7 @@ WAYS = {
     "chain stream": (1, lambda model, aio: list((model | StrOutputParser()).stream("Hi"))),
     "chain astream": (1, lambda model, aio: aio(collect((model | StrOutputParser()).astream("Hi")))),
     "parallel": (3, lambda model, aio: RunnableParallel(a=model, b=model, c=model).invoke("Hi")),
-    "lambda": (1, lambda model, aio: RunnableLambda(lambda text: model.invoke(text)).invoke("Hi")),
+    "lambda": (1, lambda model, aio: RunnableLambda(model.invoke).invoke("Hi")),
     "sync in a running loop": (1, lambda model, aio: aio(sync_in_loop(model))),
     "to_thread": (1, lambda model, aio: aio(asyncio.to_thread(model.invoke, "Hi"))),
     "streaming=True": (1, lambda model, aio: clevagent.guard(model).model_copy(update={"streaming": True}).invoke("Hi")),
@@ -495,7 +495,7 @@ def test_a_fallback_chain_of_plain_models_is_refused_where_it_is_built(chat):
         plain | StrOutputParser(),
         plain.with_structured_output(Answer, method="function_calling"),
         plain.with_structured_output(Answer, method="function_calling", include_raw=True),
-        RunnableLambda(lambda text: plain.invoke(text)),
+        RunnableLambda(lambda text: plain.invoke(text + text)),
         RunnableLambda(lambda text: text) | guarded.with_fallbacks([plain]).fallbacks[0] | plain,
         create_agent(plain, []),
     ):
@@ -533,8 +533,7 @@ USAGE = {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12}
 
 class Base(BaseChatModel):
     model: str = "homemade"
-    made: list = []
-    ask: object = None
+    made: list = Field(default_factory=list)
 
     @property
     def _llm_type(self):
@@ -616,11 +615,9 @@ def test_a_callback_that_asks_the_same_model_is_a_call_of_its_own(chat, provider
                 self.asked = True
                 model.invoke("What is that token?")
 
-        def on_llm_end(self, response, **kwargs):
-            pass
-
     class LeavesTasks(AsyncCallbackHandler):
-        tasks: list = []
+        def __init__(self):
+            self.tasks = []
 
         async def on_llm_new_token(self, token, **kwargs):
             if not self.tasks:
@@ -698,9 +695,12 @@ def test_no_connection_costs_nothing(chat, anthropic, aio):
     for model in (chat(base_url="http://127.0.0.1:9/v1", max_tokens=300), anthropic(base_url="http://127.0.0.1:9", max_tokens=300)):
         guarded = clevagent.guard(model)
         with clevagent.run(budgets=[Budget(usd=USD)]) as run:
-            for call in (lambda: guarded.invoke("Hi"), lambda: aio(guarded.ainvoke("Hi")), lambda: list(guarded.stream("Hi"))):
-                with pytest.raises(Exception, match="onnect"):
-                    call()
+            with pytest.raises(Exception, match="onnect"):
+                guarded.invoke("Hi")
+            with pytest.raises(Exception, match="onnect"):
+                aio(guarded.ainvoke("Hi"))
+            with pytest.raises(Exception, match="onnect"):
+                list(guarded.stream("Hi"))
         assert run.summary().total.calls == 0
         assert run.summary().calls_charged_at_bound == 0
 

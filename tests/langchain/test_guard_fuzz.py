@@ -23,7 +23,7 @@ from clevagent_langchain import models
 
 TEXTS = [
     "Hello", "x" * 900, "\ufdfa" * 60, "\ufdfa", "😀" * 90, "👩‍👩‍👧‍👦" * 20, "e\u0301" * 100, "ﬃ" * 100, "한국어" * 40, "\U0001d15e" * 50, "\x01\x02" * 40,
-    '{"a": [1, 2.5, null], "b": {"c": "\\n"}}' * 12, '"' * 300, "\\" * 300, "\n\t" * 150, "  ", "А" * 200, "שלום" * 40, "\u0958" * 80,
+    '{"a": [1, 2.5, null], "b": {"c": "\\n"}}' * 12, '"' * 300, "\\" * 300, "\n\t" * 150, "  ", "Ж" * 200, "שלום" * 40, "\u0958" * 80,
 ]  # fmt: skip
 LIMITS = [None, 1, 40, 300, 1200, 9000]
 
@@ -47,7 +47,7 @@ class Chaos:
     """One seed's decisions. A lock around the source: threads share it, so runs with one seed differ, and that is well."""
 
     def __init__(self, seed):
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311 - decisions, not secrets
         self._lock = threading.Lock()
 
     def choose(self, options):
@@ -250,6 +250,6 @@ def test_the_ceiling_holds_whatever_happens(seed, aio):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_hush")
-@pytest.mark.parametrize("seed", range(100, 160))
+@pytest.mark.parametrize("seed", range(1000, 1400))
 def test_the_ceiling_holds_whatever_happens_at_length(seed, aio):
     play(seed, aio, calls=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from functools import partial
 
 import pytest
 from langchain_core.language_models import BaseChatModel
@@ -194,7 +195,7 @@ def test_a_limit_is_sent_unchanged_however_it_was_given(chat, anthropic, provide
         (chat(model_kwargs={"user": "me"}), {"extra_body": {"max_tokens": 30}}, 30),
         (anthropic(), {"max_tokens": 40}, 40),
     ):
-        body = under(1, lambda: clevagent.guard(model).invoke("Hello", **asked))
+        body = under(1, partial(clevagent.guard(model).invoke, "Hello", **asked))
         assert list(limits(body).values()) == [limit]
     assert "extra_body" not in body
 
@@ -228,10 +229,10 @@ def test_a_thinking_budget_is_not_cut_into(anthropic, under, provider):
 def test_structured_output_keeps_its_limit_or_is_refused(method, chat, under, provider):
     provider.reset([Reply(text='{"text": "x"}', tool_calls=[("Answer", {"text": "x"})])])
     structured = clevagent.guard(chat(max_tokens=2000)).with_structured_output(Answer, method=method)
-    assert limits(under("0.05", lambda: structured.invoke("Hello"))) == {"max_completion_tokens": 2000}
+    assert limits(under("0.05", partial(structured.invoke, "Hello"))) == {"max_completion_tokens": 2000}
     provider.reset()
     with pytest.raises(BudgetExceeded):
-        under("0.02", lambda: structured.invoke("Hello"))
+        under("0.02", partial(structured.invoke, "Hello"))
     assert provider.request_count == 0
 
 
@@ -239,10 +240,10 @@ def test_structured_output_without_a_limit_gets_room(chat, anthropic, under, pro
     provider.reset([Reply(text="", tool_calls=[("Answer", {"text": "x"})])])
     for model in (chat(), anthropic()):
         structured = clevagent.guard(model).with_structured_output(Answer, method="function_calling")
-        assert next(iter(limits(under("0.05", lambda: structured.invoke("Hello"))).values())) >= 1024
+        assert next(iter(limits(under("0.05", partial(structured.invoke, "Hello"))).values())) >= 1024
         count = provider.request_count
         with pytest.raises(BudgetExceeded):
-            under("0.01", lambda: structured.invoke("Hello"))
+            under("0.01", partial(structured.invoke, "Hello"))
         assert provider.request_count in {0, count}
 
 
@@ -253,9 +254,9 @@ def test_a_tool_that_must_be_called_keeps_its_limit(choice, chat, anthropic, und
         if choice is True and not hasattr(model, "root_client"):
             continue
         bound = clevagent.guard(model).bind_tools([lookup], tool_choice=choice)
-        assert list(limits(under("0.1", lambda: bound.invoke("Hello"))).values()) == [2000]
+        assert list(limits(under("0.1", partial(bound.invoke, "Hello"))).values()) == [2000]
         with pytest.raises(BudgetExceeded):
-            under("0.02", lambda: bound.invoke("Hello"))
+            under("0.02", partial(bound.invoke, "Hello"))
 
 
 # -- n answers ------------------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def test_a_strict_schema_is_bounded_as_it_is_sent(own, chat, under, provider):
     provider.reset([Reply(text=f'{{"one": {leaf}, "two": {leaf}, "three": {leaf}}}')])
     structured = clevagent.guard(chat(max_tokens=300, **own)).with_structured_output(Branch, method="json_schema")
     with pytest.raises(BudgetExceeded):
-        under("0.01", lambda: structured.invoke("Hello"))
+        under("0.01", partial(structured.invoke, "Hello"))
     assert provider.request_count == 0
     structured.invoke("Hello")
     billed = provider.requests[-1].billed_input_tokens
@@ -381,7 +382,7 @@ def test_an_image_counts_as_the_context_window(chat, under, provider):
 
 class Homemade(BaseChatModel):
     model: str = "homemade"
-    sent: list = []
+    sent: list = Field(default_factory=list)
 
     @property
     def _llm_type(self):

@@ -23,17 +23,41 @@ from clevagent_core.money import PICO_PER_USD
 
 TURNS = 30
 LIMIT = 500
-WORDS = "the model reads what it was sent and answers in a few lines of plain words that a person can follow without help".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "what",
+    "it",
+    "was",
+    "sent",
+    "and",
+    "answers",
+    "in",
+    "a",
+    "few",
+    "lines",
+    "of",
+    "plain",
+    "words",
+    "that",
+    "a",
+    "person",
+    "can",
+    "follow",
+    "without",
+    "help",
+]
 TOKENS_PER_BYTE = {"english": 0.22, "json": 0.5}
 
 
 def english(seed, size=420):
-    source = random.Random(seed)
+    source = random.Random(seed)  # noqa: S311 - text, not secrets
     return " ".join(source.choices(WORDS, k=size // 5))[:size]
 
 
 def rows(seed, size=420):
-    source = random.Random(seed)
+    source = random.Random(seed)  # noqa: S311 - text, not secrets
     data = [{"id": source.randrange(10**6), "name": source.choice(WORDS), "price": source.random()} for _ in range(size // 48)]
     return json.dumps(data)
 
