@@ -32,6 +32,8 @@ class Cover(NamedTuple):
     """The budgets of the guarded object, kept so that their identity stays theirs."""
 
 
+_USED = 256
+"""From how many accounts on a run forgets those whose window is over."""
 _OUTPUT_UNITS = (USD, TOKENS, OUTPUT_TOKENS)
 
 
@@ -64,7 +66,7 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
             continue
         enforced = budget.on_exceed != "warn" and not run.dry_run
         for unit, ceiling in budget.limits():
-            account = _open(run, anchor, budget, unit, ceiling, call.thread_id)
+            account = _open(run, anchor, budget, unit, ceiling, call.thread_id, is_enforced=enforced)
             known = lines.get(id(account))
             # Of two budgets that share an account, one that only warns does not let go of what the other one enforces.
             if known is None or (enforced and not known[0].enforced):
@@ -121,14 +123,17 @@ def tell_notices(run: Run, notices: Sequence[Notice]) -> None:
         run.watchdog.tell(notice_incident(run, notice))
 
 
-def _open(run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread_id: str | None) -> Account:
+def _open(
+    run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread_id: str | None, *, is_enforced: bool = True
+) -> Account:
     watchdog = run.watchdog
     window = window_at(budget.per, watchdog.clock.wall())
     key = AccountKey(budget.label, unit, budget.key(run_id=anchor.run_id, thread_id=thread_id, tags=run.tags), window.label)
     is_own = budget.per == "run"
     account = anchor.accounts.get(key) if is_own else None
     if account is None or account.closed:
-        _refuse_after_fork(anchor.pid if is_own else watchdog.pid, watchdog.ledger.survives_fork, budget)
+        if is_enforced:
+            _refuse_after_fork(anchor.pid if is_own else watchdog.pid, watchdog.ledger.survives_fork, budget)
         watchdog.ledger.evict(watchdog.clock.wall())
         account = watchdog.ledger.open(
             key,
@@ -139,10 +144,13 @@ def _open(run: Run, anchor: Run, budget: Budget, unit: int, ceiling: int, thread
         )
         if is_own:
             anchor.accounts[key] = account
-    current: Run | None = run
-    while current is not None:
+    now = watchdog.clock.wall()
+    for current in run.chain():
+        if len(current.used) > _USED:
+            # Windows that are over, in a run that outlives many of them.
+            for old in [key for key, other in current.used.items() if other.ends_at <= now and not other.held]:
+                del current.used[old]
         current.used[key] = account
-        current = current.parent
     return account
 
 
@@ -152,5 +160,6 @@ def _refuse_after_fork(pid: int, survives_fork: bool, budget: Budget) -> None:  
     raise UsageError(
         f"This process was forked from one whose budget {budget.label!r} is kept in memory: the two cannot see each other's "
         "spending, so the ceiling could be passed and the call was refused. Give the child a ceiling of its own: call "
-        "clevagent.shutdown() and clevagent.init(...) in it, or start it with the 'spawn' method. For one ceiling over several processes, clevagent.init(ledger='sqlite:///path') is planned."
+        "clevagent.shutdown() and clevagent.init(...) in it, or start it with the 'spawn' method. For one ceiling over several "
+        "processes, clevagent.init(ledger='sqlite:///path') is planned."
     )

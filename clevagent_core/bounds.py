@@ -84,7 +84,11 @@ def is_opaque(content: object) -> bool:
         return any(is_opaque(value) for value in content.values())
     if isinstance(content, (list, tuple)):
         return any(is_opaque(part) for part in content)
-    return isinstance(content, (bytes, bytearray))
+    if isinstance(content, (bytes, bytearray)):
+        return True
+    # A framework's message object holds what its dictionary does.
+    dump = getattr(content, "model_dump", None)
+    return callable(dump) and not isinstance(content, type) and is_opaque(dump())
 
 
 _TEXT_BLOCKS = frozenset(

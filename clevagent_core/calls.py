@@ -39,8 +39,10 @@ class LLMCall:
     opaque: bool = False
     """True when something is sent whose tokens cannot be bounded from text (an image, a file, a stored prompt): the input then
     counts as the whole context window."""
+    audio: bool = False
+    """True when sound may be sent or answered, which can cost many times what text does. What is opaque may hold some."""
     context_window: int | None = None
-    """The model's context window where the caller knows it; otherwise the price list's."""
+    """The model's context window where the caller knows it: no bound is larger. Else what is opaque counts as the price list's."""
     service_tier: str | None = None
     """The provider's service tier, where the request names one."""
     node: str | None = None

@@ -14,11 +14,13 @@ from clevagent_core.watchdog import Watchdog
 _lock = threading.RLock()
 _watchdog: Watchdog | None = None
 _is_implicit = False
+_was_shut_down = False
+"""Whether a watchdog with budgets was shut down: calls that it would have refused must not go on without it."""
 
 
 def init(**settings: Any) -> Watchdog:
     """Start the process's watchdog: see ``clevagent.init``."""
-    global _watchdog, _is_implicit  # noqa: PLW0603 - one per process is what this module is for
+    global _watchdog, _is_implicit, _was_shut_down  # noqa: PLW0603 - one per process is what this module is for
     with _lock:
         found = _watchdog
         if found is not None and found.pid != os.getpid():
@@ -37,7 +39,7 @@ def init(**settings: Any) -> Watchdog:
         elif _watchdog is None:
             atexit.register(shutdown)
         _watchdog = Watchdog(**settings)
-        _is_implicit = False
+        _is_implicit = _was_shut_down = False
         return _watchdog
 
 
@@ -49,6 +51,11 @@ def current() -> Watchdog:
         return found
     with _lock:
         if _watchdog is None:
+            if _was_shut_down:
+                raise UsageError(
+                    "The watchdog of this process was shut down, and it had budgets: a call made now would count against none of them, "
+                    "so it was refused. Call clevagent.init(...) again first, also with no budgets."
+                )
             atexit.register(shutdown)
             _watchdog = Watchdog()
             _is_implicit = True
@@ -57,9 +64,11 @@ def current() -> Watchdog:
 
 def shutdown() -> None:
     """Shut the process's watchdog down, if there is one."""
-    global _watchdog
+    global _watchdog, _was_shut_down  # noqa: PLW0603 - one per process is what this module is for
     with _lock:
         found, _watchdog = _watchdog, None
+        if found is not None and not _is_implicit:
+            _was_shut_down = bool(found.settings.budgets)
         atexit.unregister(shutdown)
         if found is not None and found.pid == os.getpid():
             found.shutdown()

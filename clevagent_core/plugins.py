@@ -17,6 +17,7 @@ import pluggy
 
 from clevagent_core import hookspecs
 from clevagent_core.errors import PluginError, UsageError
+from clevagent_core.pricing import Rates
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
     from clevagent_core.ledger.account import Ledger
-    from clevagent_core.pricing import Rates
     from clevagent_core.runs import Run
     from clevagent_core.summaries import RunSummary
     from clevagent_core.tickets import Outcome, Reservation, Ticket
@@ -233,8 +233,11 @@ class Plugins:
 
     def price(self, model: str, provider: str | None, service_tier: str | None) -> Rates | None:
         """Ask for a model's rates; a provider that fails counts as one that does not know."""
-        found: Rates | None = self._first("clevagent_price", model=model, provider=provider, service_tier=service_tier)
-        return found
+        found = self._first("clevagent_price", model=model, provider=provider, service_tier=service_tier)
+        if found is None or isinstance(found, Rates):
+            return found
+        logger.error("A provider of prices answered %r for %r, which is no Rates; it was passed over.", found, model)
+        return None
 
     def bound(self, call: LLMCall) -> int | None:
         """Ask for the bound of a call's input; a provider that fails counts as one that cannot tell."""
@@ -244,8 +247,11 @@ class Plugins:
             except Exception:  # whose code: a plugin's; the context window then stands for the bound
                 logger.exception("A provider of bounds failed; the call counts as the model's whole context window.")
                 continue
-            if bound is not None:
+            if bound is None:
+                continue
+            if type(bound) is int and bound >= 0:
                 return bound
+            logger.error("A provider of bounds answered %r, which is no number of tokens; it was passed over.", bound)
         return None
 
     def ledger(self, url: str, clock: Clock) -> Ledger | None:

@@ -68,6 +68,8 @@ class Run:
         self.budgets = tuple(budgets)
         self.tags: dict[str, str] = {**(parent.tags if parent is not None else {}), **(tags or {})}
         self.dry_run: bool = dry_run or watchdog.settings.dry_run or (parent is not None and parent.dry_run)
+        if self.budgets or (parent is None and watchdog.settings.budgets):
+            _check_enforced(self)
         self.pid = os.getpid()
         self.started_at = watchdog.clock.wall()
         self.ended_at: float | None = None
@@ -416,6 +418,14 @@ class Run:
         raise UsageError(
             f"top_up({unit}=...) cannot tell which ceiling to raise, so none was: the budgets{named} with a limit in {unit} are {names}. "
             "Say which with budget=..., or top up the run that has one."
+        )
+
+
+def _check_enforced(run: Run) -> None:
+    if not run.dry_run and not run.hooks().reserve:
+        raise UsageError(
+            "Budgets are given, but the plugin that enforces them is blocked (clevagent_core.guards.budget), so no ceiling would hold. "
+            "Take it out of block=[...], or leave the budgets out."
         )
 
 

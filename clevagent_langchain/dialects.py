@@ -76,7 +76,8 @@ class Dialect:
             answers=facts.answers,
             provider=self.provider,
             opaque=facts.is_unbounded or is_opaque,
-            service_tier=params.get("service_tier"),
+            service_tier=facts.service_tier,
+            audio=facts.is_audio,
         )
         if call.opaque:
             call.context_window = _profile(model).get("max_input_tokens")
@@ -122,6 +123,9 @@ class OpenAIDialect(Dialect):
         sent = _without_limits(model, kwargs)
         # The Responses API renames each of them in turn, and the last renamed is sent.
         sent["max_completion_tokens" if _uses_responses(model, kwargs) else "max_tokens"] = limit
+        for key in (getattr(model, "model_kwargs", None) or {}).keys() & requests.LIMIT_KEYS:
+            # Sent beside the other, and by some providers instead of it.
+            sent[key] = limit
         return sent
 
     def with_stream_usage(self, model: BaseChatModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,12 +174,14 @@ class AnthropicDialect(Dialect):
 
     def take_over_retries(self, model: BaseChatModel, copy: BaseChatModel) -> int:
         """The clients are made when they are first used; those that were made already share their connections."""
+        retries = int(getattr(model, "max_retries", 0) or 0)
         fields = copy.__dict__
+        fields.pop("_client_params", None)
         for name in ("_client", "_async_client"):
             if name in fields:
                 fields[name] = fields[name].with_options(max_retries=0)
         fields["max_retries"] = 0
-        return int(getattr(model, "max_retries", 0) or 0)
+        return retries
 
     def _asked(self, model: BaseChatModel, limit: int | None) -> int | None:
         # Every request must carry a limit, so the model's own maximum stands in where the user gave none.

@@ -32,8 +32,8 @@ def may_be_billed(error: BaseException) -> bool:
     A status that refuses the request is not billed; no connection, nothing sent. Everything else (a timeout, a dropped
     connection, a cancelled task, an answer that cannot be read, an error inside a stream) may have been, and counts as if it was.
     """
-    if isinstance(error, ClevAgentError):
-        return False
+    if _comes_from_a_callback(error):
+        return True
     status = _status(error)
     if status is not None:
         return status in _GATEWAY or status < _FIRST_ERROR
@@ -65,8 +65,19 @@ def wait_before_retry(state: tenacity.RetryCallState) -> float:
 
 
 def _status(error: BaseException) -> int | None:
+    # An SDK's error carries the response; a web framework's, raised by somebody's callback, does not.
     status = getattr(error, "status_code", None)
-    return status if isinstance(status, int) else None
+    return status if isinstance(status, int) and getattr(error, "response", None) is not None else None
+
+
+def _comes_from_a_callback(error: BaseException) -> bool:
+    """Tell whether somebody's handler raised it, whatever it looks like: the request itself may have been answered."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__") == "langchain_core.callbacks.manager":
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def _header(error: BaseException, name: str) -> str | None:

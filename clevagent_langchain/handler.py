@@ -192,7 +192,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         current = watchdog.current.get()
         is_root = current is None and parent_run_id is None
         try:
-            run = watchdog.start_run() if is_root else current or watchdog.current_run()
+            # Not inherited: a thread that has nothing to do with this invocation must not count against it.
+            run = watchdog.start_run(inherited=False) if is_root else current or watchdog.current_run()
         except ClevAgentError:
             logger.exception("ClevAgent could not begin a run; what is called in it belongs to the process.")
             return
@@ -249,7 +250,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             call.max_output_tokens = facts.limit
             call.answers = facts.answers
             call.opaque = facts.is_unbounded or is_opaque
-            call.service_tier = params.get("service_tier")
+            call.service_tier = facts.service_tier
+            call.audio = facts.is_audio
             # Many providers are reached through OpenAI's client; the model's own name tells more.
             provider = metadata.get("ls_provider")
             call.provider = provider if provider != "openai" else None

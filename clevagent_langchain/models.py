@@ -212,7 +212,17 @@ def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
 
 
 def _state(model: BaseChatModel) -> _Guard:
-    return cast("_Guard", cast("dict[str, Any]", model.__pydantic_private__)[_GUARD])
+    guard = _guard_of(model)
+    if guard is None:
+        raise UsageError(
+            f"This {type(model).__qualname__} was rebuilt from a guarded one (configurable_fields() does that), and nobody asked for "
+            "the new one to be guarded, so its call was refused. Give what differs with the call (.bind(model=...)), or guard the result."
+        )
+    if model.__dict__.get("max_retries"):
+        # Set after it was guarded: the SDK would retry again, unseen.
+        guard = replace(guard, retries=guard.dialect.take_over_retries(model, model))
+        _set_guard(model, guard)
+    return guard
 
 
 def _base(model: BaseChatModel) -> type[BaseChatModel]:

@@ -136,12 +136,15 @@ class Facts(NamedTuple):
     is_unbounded: bool = False
     wants_whole_answer: bool = False
     thinking_tokens: int = 0
+    service_tier: str | None = None
+    is_audio: bool = False
+    """Whether sound may come in the answer."""
 
 
 def facts_of(params: Mapping[str, Any]) -> Facts:
     """Read the parameters of a request."""
     if _NO_TEXT.issuperset(params):
-        return Facts(_largest(params))
+        return Facts(_largest(params), service_tier=_tier(params))
     own, extra = params.get("model_kwargs"), params.get("extra_body")
     # The extra body is merged into the request last, whatever it holds.
     sent = {**(own if isinstance(own, Mapping) else {}), **params, **(extra if isinstance(extra, Mapping) else {})}
@@ -152,7 +155,14 @@ def facts_of(params: Mapping[str, Any]) -> Facts:
         is_unbounded(sent),
         wants_whole_answer(sent),
         thinking_tokens(sent),
+        _tier(sent),
+        "audio" in (sent.get("modalities") or ()) or sent.get("audio") is not None,
     )
+
+
+def _tier(params: Mapping[str, Any]) -> str | None:
+    tier = params.get("service_tier")
+    return tier if isinstance(tier, str) else None
 
 
 def model_of(params: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import clevagent
+from clevagent_core import default
 from clevagent.testing import FakeClock
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -22,6 +23,8 @@ def _a_process_without_clevagent(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.delenv(name)
     yield
     clevagent.shutdown()
+    # The next test is a program of its own.
+    default._was_shut_down = False
 
 
 @pytest.fixture(autouse=True, scope="session")

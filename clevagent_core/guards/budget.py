@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ class BudgetGuard:
     def __init__(self) -> None:
         """Nothing was told yet."""
         self._has_told_assumption = False
+        self._asking: ContextVar[bool] = ContextVar("clevagent_on_exceed", default=False)
 
     @hookimpl
     def clevagent_reserve(self, run: Run, ticket: Ticket, extra: Sequence[Budget]) -> BudgetReservation | Stop | None:
@@ -170,8 +172,9 @@ class BudgetGuard:
         """Work out the largest output limit, for each answer, that fits what is free; ``None`` where nothing limits the output."""
         if not found.clamp_units:
             return None
-        base = rates.upper_bound(tokens, 0) if rates is not None else 0
-        per_token = rates.upper_bound(tokens, 1) - base if rates is not None else 0
+        audio = call.audio or call.opaque
+        base = rates.upper_bound(tokens, 0, audio=audio) if rates is not None else 0
+        per_token = rates.upper_bound(tokens, 1, audio=audio) - base if rates is not None else 0
         least: int | None = None
         for line in found.lines:
             if not line.enforced or line.unit not in found.clamp_units:
@@ -194,8 +197,8 @@ class BudgetGuard:
 
     def _input_bound(self, run: Run, call: LLMCall, rates: Rates | None, found: Cover) -> int:
         bound = run.watchdog.plugins.bound(call)
-        window = call.context_window or (rates.context_window if rates is not None else None)
         if bound is None:
+            window = call.context_window or (rates.context_window if rates is not None else None)
             if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
                 raise UsageError(
                     f"The call to {call.model!r} sends something whose tokens cannot be bounded from its text (an image, a file, a "
@@ -204,7 +207,8 @@ class BudgetGuard:
                     "context_window=...)})."
                 )
             return window or 0
-        return bound if window is None else min(bound, window)
+        # Not capped by the price list's window: models are offered with larger ones (betas), and the list is not told.
+        return bound if call.context_window is None else min(bound, call.context_window)
 
     def _assumed(self, run: Run, call: LLMCall) -> int:
         assumed = run.watchdog.settings.assume_output_tokens
@@ -236,12 +240,18 @@ class BudgetGuard:
             run.watchdog.tell(incident)
         if not callable(budget.on_exceed):
             return Stop(incident=incident), False
+        if self._asking.get():
+            # The callable makes calls of its own, which do not fit either: it is not asked about those.
+            return Stop(incident=incident), False
         ceiling = refusal.balance.ceiling
+        token = self._asking.set(True)
         try:
             wanted = budget.on_exceed(incident)
         except Exception as error:
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
             return Stop(incident=replace(incident, details={"on_exceed_error": repr(error)})), False
+        finally:
+            self._asking.reset(token)
         if wanted == "warn":
             run.memo.clear()
             key_of = refusal.line.account
@@ -268,7 +278,7 @@ def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int)
     # n answers share one prompt, which OpenAI bills once.
     answers = call.answers
     output = output_limit * answers
-    cost = rates.upper_bound(tokens, output) if rates is not None else 0
+    cost = rates.upper_bound(tokens, output, audio=call.audio or call.opaque) if rates is not None else 0
     return (cost, tokens + output, tokens, output, 1, 0)
 
 

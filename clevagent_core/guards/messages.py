@@ -56,7 +56,10 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
     balance = refusal.balance
     show = _show(balance)
     what = f"model call to {call.model!r}" if isinstance(call, LLMCall) else f"call of the tool {call.tool!r}"
-    could = f"It could cost up to {show(refusal.needed)}" if refusal.needed else "It would come after the stop"
+    could = f"It could cost up to {show(refusal.needed)}" if refusal.needed else "It adds nothing"
+    if not refusal.busy and not refusal.first:
+        could = "An earlier call did not fit and stopped this budget"
+        could += f"; this one could cost up to {show(refusal.needed)}" if refusal.needed else ""
     if refusal.busy:
         message = (
             f"A {what} was refused before it was sent. {could}, and {_account(balance, show)}. The room is only held: the same call "

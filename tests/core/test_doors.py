@@ -423,14 +423,14 @@ def test_under_a_ceiling_in_calls_an_image_needs_no_context_window(init):
         make(model="even", input=IMAGE)
 
 
-def test_text_is_bounded_by_its_bytes_and_never_by_more_than_the_context_window(init):
+def test_text_is_bounded_by_its_bytes_whatever_the_price_list_says_of_the_context_window(init):
     init()
-    with clevagent.run(budgets=[Budget(input_tokens=10_000)]) as run:
+    with clevagent.run(budgets=[Budget(input_tokens=20_000)]) as run:
         with call(input="ü" * 100) as opened:
             assert 200 <= held_tokens(run) <= 230
             opened.release()
         with call(input="ü" * 5000) as opened:
-            assert held_tokens(run) == 1000
+            assert held_tokens(run) >= 10_000
             opened.release()
 
 
@@ -537,7 +537,7 @@ def test_a_refused_tool_call_latches_the_budget_for_model_calls_too(init):
         with pytest.raises(BudgetExceeded) as caught, call(1):
             pytest.fail("the request went out")
     assert str(caught.value).replace(caught.value.run_id, "r1") == snapshot(
-        "A model call to 'cent' was refused before it was sent. It would come after the stop, and the budget '1 tool_calls per run' (r1) has spent 1 tool calls of 1 tool calls, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+        "A model call to 'cent' was refused before it was sent. An earlier call did not fit and stopped this budget, and the budget '1 tool_calls per run' (r1) has spent 1 tool calls of 1 tool calls, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
     )
 
 

@@ -87,12 +87,19 @@ def test_any_builtin_can_be_blocked(make, llm, name):
 
 
 def test_with_every_check_blocked_calls_pass_and_still_count(make, llm):
-    with make(block=CHECKS, budgets=[Budget(usd=0.01)]).run() as run:
+    with make(block=CHECKS).run() as run:
         for _ in range(3):
             run.open(llm(9)).settle(Usage(input_tokens=2, output_tokens=9))
         run.open(ToolCall(tool="search")).settle()
     summary = run.summary()
     assert (summary.total.calls, summary.total.output_tokens, summary.tool_calls, summary.unpriced_calls) == (3, 27, 1, 3)
+
+
+def test_budgets_that_nothing_would_enforce_are_refused(make):
+    with pytest.raises(UsageError, match="the plugin that enforces them is blocked"):
+        make(block=CHECKS, budgets=[Budget(usd=0.01)])
+    with pytest.raises(UsageError, match="the plugin that enforces them is blocked"), make(block=CHECKS).run(budgets=[Budget(usd=1)]):
+        pass
 
 
 def test_with_every_check_blocked_a_call_that_may_have_been_sent_still_counts(make, llm):

@@ -31,7 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def _own_process_watchdog(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "ANTHROPIC_BASE_URL", "CLEVAGENT_ATTACH", "CLEVAGENT_BUDGETS"):
         monkeypatch.delenv(name, raising=False)
-    clevagent.shutdown()
     yield
     clevagent.shutdown()
 

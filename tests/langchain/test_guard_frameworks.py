@@ -708,7 +708,7 @@ def test_no_connection_costs_nothing(chat, anthropic, aio):
 def test_what_the_caller_was_handling_does_not_make_a_timeout_free(chat, provider):
     clevagent.init()
     provider.reset([Reply(hang=True)])
-    model = clevagent.guard(chat(max_tokens=300, timeout=0.1))
+    model = clevagent.guard(chat(max_tokens=300, timeout=0.3))
     with clevagent.run(budgets=[Budget(usd=USD)]) as run:
         try:
             raise httpx.ConnectError("no vector store")

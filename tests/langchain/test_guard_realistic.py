@@ -153,7 +153,7 @@ class Measured:
         return self.provider.billed_pico / self.ceiling
 
 
-@pytest.mark.parametrize("share", [0.8, 1.0, 1.5, 2.5])
+@pytest.mark.parametrize("share", [0.8, 1.0, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(2.5, marks=pytest.mark.slow)])
 def test_growing_histories_one_after_another(share, kind, model, provider):
     whole = cost_of(model, kind, provider, 1)
     guarded = clevagent.guard(model)
@@ -174,7 +174,7 @@ def test_short_prompts_one_after_another(kind, model, provider):
     assert measured.utilisation >= 0.8
 
 
-@pytest.mark.parametrize("share", [1.5, 3])
+@pytest.mark.parametrize("share", [1.5, pytest.param(3, marks=pytest.mark.slow)])
 def test_eight_conversations_at_once_in_threads(share, kind, model, provider):
     whole = cost_of(model, kind, provider, 1)
     guarded = clevagent.guard(model)
@@ -183,7 +183,7 @@ def test_eight_conversations_at_once_in_threads(share, kind, model, provider):
     assert measured.utilisation >= 0.7
 
 
-@pytest.mark.parametrize("share", [1.5, 3])
+@pytest.mark.parametrize("share", [1.5, pytest.param(3, marks=pytest.mark.slow)])
 def test_eight_conversations_at_once_in_tasks(share, kind, model, provider, aio):
     whole = cost_of(model, kind, provider, 1)
     guarded = clevagent.guard(model)

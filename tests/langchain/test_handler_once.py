@@ -99,8 +99,9 @@ def test_a_root_invocation_begins_one_run(aio, provider, chat, watchdog, is_asyn
     second = first if instances == 1 else ClevAgentCallbackHandler(watchdog=one)
     chain = (chat(max_tokens=9) | StrOutputParser()).with_config(callbacks=[first])
     run(aio, is_async, chain, "Hello", {"callbacks": [first, second]})
-    assert len(runs.started) == 1
-    assert runs.ended == runs.started
+    assert len(runs.started) == 2
+    assert runs.started[0] is one.process_run
+    assert runs.ended == runs.started[1:]
     assert not one._active
 
 
