@@ -192,8 +192,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         current = watchdog.current.get()
         is_root = current is None and parent_run_id is None
         try:
-            # Not inherited: a thread that has nothing to do with this invocation must not count against it.
-            run = watchdog.start_run(inherited=False) if is_root else current or watchdog.current_run()
+            run = watchdog.start_run() if is_root else current or watchdog.current_run()
         except ClevAgentError:
             logger.exception("ClevAgent could not begin a run; what is called in it belongs to the process.")
             return

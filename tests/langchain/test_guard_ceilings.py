@@ -52,6 +52,7 @@ class Setting:
 
     def __init__(self, kind, limit, make, provider):
         self.kind, self.limit, self.make, self.provider = kind, limit, make, provider
+        self.watchdog = clevagent.init(wait_s=20)
 
     def plain(self, **kw):
         # The SDK's default retries, as the user has them who says nothing.
@@ -69,10 +70,9 @@ class Setting:
     def run(self, ceiling=None):
         """One run under a ceiling: afterwards it must have held, nothing may be held, and nothing billed be unrecorded."""
         ceiling = ceiling or self.ceiling()
-        watchdog = clevagent.init(wait_s=20)
         with clevagent.run(budgets=[Budget(usd=Decimal(ceiling) / PICO_PER_USD, name="ceiling")]) as run:
             yield run
-        assert watchdog.ledger.holds() == []
+        assert self.watchdog.ledger.holds() == []
         summary = run.summary()
         billed = self.provider.billed_pico
         recorded = round(summary.total.cost_usd * PICO_PER_USD)

@@ -74,10 +74,10 @@ def make(request, chat, anthropic):
 @pytest.fixture
 def counted(provider):
     """Run under a ceiling and count: every request that was billed is one call, recorded to the last unit."""
+    watchdog = clevagent.init()
 
     def count(function, *, calls, usd=USD, budgets=(), charged=0):
         before = provider.request_count, provider.billed_pico
-        watchdog = clevagent.init()
         with clevagent.run(budgets=[Budget(usd=usd, name="ceiling"), *budgets]) as run:
             result = function()
         assert watchdog.ledger.holds() == []

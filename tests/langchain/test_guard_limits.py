@@ -55,6 +55,7 @@ class Branch(BaseModel):
 @pytest.fixture
 def under(provider):
     """Call under a ceiling in US dollars, of which never more may be billed; give what was sent last."""
+    clevagent.init()
 
     def call(usd, function, **settings):
         clevagent.shutdown()

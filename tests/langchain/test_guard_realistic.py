@@ -75,6 +75,7 @@ def provider(kind):
     ratio = TOKENS_PER_BYTE[kind]
     # An answer's text is as long as what is billed for it.
     reply = Reply(text=TEXT[kind](0, int(LIMIT * 0.2 / ratio)))
+    clevagent.init()
     with LoopbackProvider([reply], tokens_per_byte=ratio, output_share=0.2) as running:
         yield running
 
@@ -129,9 +130,9 @@ def cost_of(model, kind, provider, conversations, turns=TURNS):
 class Measured:
     """One run under a ceiling, with how much of it was used."""
 
-    def __init__(self, provider, ceiling, **settings):
+    def __init__(self, provider, ceiling):
         self.provider, self.ceiling = provider, int(ceiling)
-        self.watchdog = clevagent.init(**settings)
+        self.watchdog = clevagent.init()
         self.block = clevagent.run(budgets=[Budget(usd=Decimal(self.ceiling) / PICO_PER_USD)])
 
     def __enter__(self):
