@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from clevagent_core import default
-from clevagent_core.budgets import Budget, OnExceed, check_names
+from clevagent_core.budgets import Budget, OnExceed, as_budgets, check_names
 from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
@@ -81,7 +81,9 @@ def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None 
         UsageError: nothing that is installed can guard such an object, or not in the way that is asked for.
 
     """
-    own = tuple(budgets if on_exceed is None else (replace(budget, on_exceed=on_exceed) for budget in budgets))
+    own = as_budgets(budgets)
+    if on_exceed is not None:
+        own = tuple(replace(budget, on_exceed=on_exceed) for budget in own)
     if on_exceed is not None and not own:
         raise UsageError(
             f"guard(..., on_exceed={on_exceed!r}) has no budgets of its own to which that could apply. "
@@ -186,6 +188,11 @@ def log_cost(
         UsageError: neither a cost nor a priced model with its tokens; a negative amount.
 
     """
+    for name, count in (("tokens", tokens or 0), ("input_tokens", input_tokens), ("output_tokens", output_tokens)):
+        if type(count) is not int or count < 0:
+            raise UsageError(
+                f"log_cost({name}={count!r}) is not a token count, so nothing was recorded. Give a whole number of at least 0."
+            )
     watchdog = default.current()
     call = LLMCall(model=model or "unknown", tool=watchdog.tool.get())
     usage = Usage(input_tokens=(tokens or 0) + input_tokens, output_tokens=output_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -182,6 +182,22 @@ def window_at(per: Per, wall: float) -> Window:
     return Window(first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp())
 
 
+def as_budgets(value: object) -> tuple[Budget, ...]:
+    """Take a list of budgets as it was given.
+
+    Raises:
+        UsageError: it is no list, or two of them cannot stand together.
+
+    """
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise UsageError(
+            f"budgets={value!r} is no list, so it is not clear what is limited. Write budgets=[clevagent.Budget(usd=0.50)]."
+        )
+    budgets = tuple(value)
+    check_names(budgets)
+    return budgets
+
+
 def check_names(budgets: tuple[Budget, ...]) -> None:
     """Refuse two budgets that share a name but not what they mean: one account cannot have two ceilings.
 
@@ -192,7 +208,9 @@ def check_names(budgets: tuple[Budget, ...]) -> None:
     seen: dict[str, Budget] = {}
     for budget in budgets:
         if not isinstance(budget, Budget):
-            raise UsageError(f"budgets=[{budget!r}] is no Budget, so nothing would be limited by it. Write budgets=[clevagent.Budget(usd=0.50)].")
+            raise UsageError(
+                f"budgets=[{budget!r}] is no Budget, so nothing would be limited by it. Write budgets=[clevagent.Budget(usd=0.50)]."
+            )
         other = seen.setdefault(budget.label, budget)
         if other != budget:
             differ = [f.name for f in fields(Budget) if getattr(other, f.name) != getattr(budget, f.name)]

@@ -27,8 +27,8 @@ class OpenLLMCall:
     def settle(
         self,
         *,
-        input_tokens: int,
-        output_tokens: int,
+        input_tokens: int | None = None,
+        output_tokens: int | None = None,
         cache_read_tokens: int = 0,
         cache_write_tokens: int = 0,
         reasoning_tokens: int = 0,
@@ -43,18 +43,29 @@ class OpenLLMCall:
             reasoning_tokens: those of the output that the user does not see.
 
         Raises:
-            UsageError: a count is negative or no whole number; the call then stays charged at its upper bound.
+            UsageError: a count is missing, negative or no whole number, or a detail is more than its total; the call then stays
+                charged at its upper bound.
 
         """
-        self._ticket.settle(
-            Usage(
-                input_tokens=input_tokens,
-                output_tokens=output_tokens,
-                cache_read_tokens=cache_read_tokens,
-                cache_write_tokens=cache_write_tokens,
-                reasoning_tokens=reasoning_tokens,
+        if input_tokens is None or output_tokens is None:
+            raise UsageError(
+                f"settle(input_tokens={input_tokens!r}, output_tokens={output_tokens!r}) leaves a part of the usage out, so the call "
+                "cannot be priced and stays charged at its upper bound. Give both; 0 where there was none."
             )
+        usage = Usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            cache_read_tokens=cache_read_tokens,
+            cache_write_tokens=cache_write_tokens,
+            reasoning_tokens=reasoning_tokens,
         )
+        if cache_read_tokens + cache_write_tokens > input_tokens or reasoning_tokens > output_tokens:
+            raise UsageError(
+                f"settle(input_tokens={input_tokens}, cache_read_tokens={cache_read_tokens}, cache_write_tokens={cache_write_tokens}, "
+                f"output_tokens={output_tokens}, reasoning_tokens={reasoning_tokens}) cannot be true: cached tokens lie inside the "
+                "input, reasoning inside the output. The call stays charged at its upper bound; give the totals as the provider does."
+            )
+        self._ticket.settle(usage)
 
     def release(self) -> None:
         """Tell that the request was never sent, or was refused unbilled: what the call held is given back."""
@@ -103,6 +114,11 @@ class LLMCallBlock:
             )
         if type(answers) is not int or answers < 1:
             raise UsageError(f"llm_call(answers={answers!r}) asks for nothing. Give a positive whole number.")
+        if node is not None and not isinstance(node, str):
+            raise UsageError(
+                f"llm_call(node={node!r}) is no name, so Budget(node=...) could not match it. Give text, or leave it out."
+            )
+        tools = list(tools or ())
         items = list(input) if isinstance(input, (list, tuple)) else [input]
         self._watchdog = watchdog
         self._call = LLMCall(
@@ -151,6 +167,10 @@ class ToolCallBlock:
         """Made by ``tool_call()``."""
         if not isinstance(name, str) or not name:
             raise UsageError(f"tool_call({name!r}) names no tool. Give the tool's name.")
+        if node is not None and not isinstance(node, str):
+            raise UsageError(
+                f"tool_call(node={node!r}) is no name, so Budget(node=...) could not match it. Give text, or leave it out."
+            )
         self._watchdog = watchdog
         self._call = ToolCall(tool=name, arguments=arguments, node=node)
         self._ticket: Ticket | None = None

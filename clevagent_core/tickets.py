@@ -57,7 +57,17 @@ class Ticket:
     ``settle`` still corrects a call that was charged because nothing had been heard of it.
     """
 
-    __slots__ = ("_charged_cost", "_is_charge_counted", "_reservations", "_status", "call", "max_output_tokens", "rates", "run", "thread")
+    __slots__ = (
+        "_charged_cost",
+        "_is_charge_counted",
+        "_reservations",
+        "_status",
+        "call",
+        "max_output_tokens",
+        "rates",
+        "run",
+        "thread",
+    )
 
     def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
         """Made by ``Run.open`` only."""

@@ -14,7 +14,7 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from clevagent_core.budgets import Budget, check_names
+from clevagent_core.budgets import Budget, as_budgets, check_names
 from clevagent_core.calls import LLMCall
 from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.errors import UsageError
@@ -193,7 +193,9 @@ class Watchdog:
         check_names(tuple(budgets))
         for name, value in (tags or {}).items():
             if not isinstance(name, str) or not isinstance(value, str):
-                raise UsageError(f"tags={{{name!r}: {value!r}}}: names and values of tags are text, by which Budget(by=...) tells accounts apart. Write str({value!r}).")
+                raise UsageError(
+                    f"tags={{{name!r}: {value!r}}}: names and values of tags are text, by which Budget(by=...) tells accounts apart. Write str({value!r})."
+                )
         own = None
         if guards:
             own = Plugins()
@@ -305,12 +307,15 @@ class RunBlock:
     ) -> None:
         """Made by ``run()``."""
         self._watchdog = watchdog
-        self._budgets = tuple(budgets)
+        self._budgets = as_budgets(budgets)
         self._guards = tuple(guards)
+        if not isinstance(tags or {}, Mapping):
+            raise UsageError(
+                f"tags={tags!r} is no mapping, so no Budget(by=...) could find a value in it. Write tags={{'tenant': 'acme'}}."
+            )
         self._tags = dict(tags or {})
         self._dry_run = dry_run
         self._runs: list[Run] = []
-        check_names(self._budgets)
 
     def __enter__(self) -> Run:
         """Begin a run."""

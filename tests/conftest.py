@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import clevagent
-from clevagent_core import default
 from clevagent.testing import FakeClock
+from clevagent_core import default
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 

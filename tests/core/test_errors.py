@@ -129,7 +129,9 @@ def literals(path):
 
 
 # The loopback provider speaks as a provider does.
-@pytest.mark.parametrize("path", [path for path in SOURCES if "testing" not in path.parts], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if "testing" not in path.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_message_has_the_words_by_which_frameworks_know_a_providers_errors(path):
     found = [text for text in literals(path) for word in ("rate limit", "context length") if word in text.lower()]
     assert found == []

@@ -98,7 +98,10 @@ def test_with_every_check_blocked_calls_pass_and_still_count(make, llm):
 def test_budgets_that_nothing_would_enforce_are_refused(make):
     with pytest.raises(UsageError, match="the plugin that enforces them is blocked"):
         make(block=CHECKS, budgets=[Budget(usd=0.01)])
-    with pytest.raises(UsageError, match="the plugin that enforces them is blocked"), make(block=CHECKS).run(budgets=[Budget(usd=1)]):
+    with (
+        pytest.raises(UsageError, match="the plugin that enforces them is blocked"),
+        make(block=CHECKS).run(budgets=[Budget(usd=1)]),
+    ):
         pass
 
 

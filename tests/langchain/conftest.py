@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import langchain_anthropic._client_utils
+import langchain_openai.chat_models._client_utils
 import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_openai import ChatOpenAI
@@ -81,6 +85,20 @@ def balance() -> Callable[[Watchdog], Balance]:
         return watchdog.ledger.balance(accounts_of(watchdog.process_run)[0][1])
 
     return read
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clients_are_closed_by_nobody() -> Iterator[None]:
+    """Let go, quietly, of the clients that LangChain keeps in caches of its own: pytest would report them when it ends."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for module in (langchain_openai.chat_models._client_utils, langchain_anthropic._client_utils):
+            for cached in vars(module).values():
+                clear = getattr(cached, "cache_clear", None)
+                if clear is not None:
+                    clear()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
