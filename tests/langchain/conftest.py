@@ -27,6 +27,10 @@ Aio = Callable[[Awaitable[Any]], Any]
 def pytest_configure(config: pytest.Config) -> None:
     # LangChain makes the coroutines for handlers that do not run inline first, and drops them when an inline one raises.
     config.addinivalue_line("filterwarnings", "ignore:coroutine 'ahandle_event' was never awaited:RuntimeWarning")
+    # The same, where the collector frees them in a frame that cannot even import warnings.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Exception ignored in. <coroutine object ahandle_event:pytest.PytestUnraisableExceptionWarning"
+    )
     # The models' async clients are not closed by anybody: LangChain keeps them in a cache of its own.
     config.addinivalue_line("filterwarnings", "ignore:unclosed (transport|<socket):ResourceWarning")
 
