@@ -2,8 +2,8 @@
 
 ClevAgentError
 ├── Stopped (RuntimeError)     a guard stopped this call; nothing was sent
-│   ├── BudgetExceeded         the money, tokens or calls of a budget are used up
-│   └── BudgetBusy             what is left is only held by calls in flight: try again later
+│   └── BudgetExceeded         the money, tokens or calls of a budget are used up
+│       └── BudgetBusy         what is left is only held by calls in flight: try again later
 ├── UsageError                 a mistake in how ClevAgent is used
 └── PluginError                a named plugin is broken
 

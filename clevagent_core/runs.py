@@ -1,4 +1,4 @@
-"""Runs and tickets: check -> reserve -> the call -> settle, release or charge.
+"""Runs: check -> reserve -> a ticket for the call, which is settled, released or charged.
 
 A :class:`Run` is one piece of the agent's work. Adapters and the framework-free door ask it for a :class:`Ticket` before each
 call; a call without a ticket is not sent. Only this module turns a guard's ``Stop`` into an exception.

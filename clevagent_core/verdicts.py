@@ -15,7 +15,8 @@ class Incident:
 
     kind: str
     """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``overshoot``, ``assumption``, ``guard`` (a guard
-    of ours or of a plugin failed), or a plugin's own word."""
+    of ours or of a plugin failed), ``usage`` (a provider's report cannot be true), ``thread`` (nobody can tell whose a call is), or a
+    plugin's own word."""
     message: str
     """What happened, what it means and what to do, in sentences."""
     agent: str = ""

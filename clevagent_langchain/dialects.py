@@ -2,7 +2,7 @@
 
 The wrong key is refused by some providers and ignored by others, so a limit is only sent where the key is known (measured):
 ``max_tokens`` for OpenAI chat, Anthropic and Mistral, ``max_completion_tokens`` for OpenAI Responses, ``max_output_tokens`` for
-Gemini, ``options.num_predict`` for Ollama.
+Gemini. Ollama takes ``options``, and has no price to limit.
 """
 
 from __future__ import annotations
