@@ -27,7 +27,17 @@ from clevagent._face import (
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import OpenLLMCall, OpenToolCall
-from clevagent_core.errors import BudgetBusy, BudgetExceeded, ClevAgentError, PluginError, Stopped, UsageError
+from clevagent_core.errors import (
+    BudgetBusy,
+    BudgetExceeded,
+    ClevAgentError,
+    LedgerError,
+    LoopDetected,
+    PluginError,
+    Stopped,
+    UsageError,
+)
+from clevagent_core.guards.loop import LoopGuard
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.pricing import Price
 from clevagent_core.runs import Run
@@ -46,6 +56,9 @@ __all__ = [
     "ClevAgentError",
     "Incident",
     "LLMCall",
+    "LedgerError",
+    "LoopDetected",
+    "LoopGuard",
     "OpenLLMCall",
     "OpenToolCall",
     "Outcome",

@@ -25,7 +25,7 @@ def init(**settings: Any) -> Watchdog:
 
     Args:
         settings: the fields of ``clevagent_core.settings.Settings``: ``agent``, ``budgets``, ``prices``, ``ledger``, ``attach``,
-            ``plugins``, ``block``, ``dry_run``, ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``,
+            ``plugins``, ``block``, ``on_loop``, ``dry_run``, ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``,
             ``unknown_price``.
 
     Raises:

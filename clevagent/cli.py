@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clevagent import __version__
+from clevagent.ledger_command import ledger_command
 from clevagent_core.errors import ClevAgentError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _STYLES = {"loaded": "green", "blocked": "yellow", "broken": "bold red"}
 def main() -> None:
     """ClevAgent refuses an agent's next call before the money is spent."""
 
+
+main.add_command(ledger_command)
 
 # -- clevagent plugins ----------------------------------------------------------------------------------------------------
 

@@ -141,6 +141,7 @@ def _open(
             keep=budget.keep if unit == USD else 0,
             warn_mark=int(ceiling * budget.warn_at),
             ends_at=window.ends_at,
+            is_of_run=is_own,
         )
         if is_own:
             anchor.accounts[key] = account
@@ -161,5 +162,5 @@ def _refuse_after_fork(pid: int, survives_fork: bool, budget: Budget) -> None:  
         f"This process was forked from one whose budget {budget.label!r} is kept in memory: the two cannot see each other's "
         "spending, so the ceiling could be passed and the call was refused. Give the child a ceiling of its own: call "
         "clevagent.shutdown() and clevagent.init(...) in it, or start it with the 'spawn' method. For one ceiling over several "
-        "processes, clevagent.init(ledger='sqlite:///path') is planned."
+        "processes, keep the accounts in a file: clevagent.init(ledger='sqlite:///ledger.db')."
     )

@@ -28,7 +28,7 @@ USD, TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, LLM_CALLS, TOOL_CALLS = range(len(UNIT
 Amounts = tuple[int, int, int, int, int, int]
 """What a call costs, or could cost: pico-USD, tokens, input tokens, output tokens, LLM calls, tool calls."""
 
-_ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
+ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
 """The published names of the two oldest actions."""
 
 
@@ -90,8 +90,8 @@ class Budget:
                 f"Budget(per={self.per!r}) names no window that exists, so it could not be told when to start from zero. Use one of {', '.join(map(repr, get_args(Per)))}."
             )
         action = self.on_exceed
-        if isinstance(action, str) and action in _ACTION_NAMES:
-            object.__setattr__(self, "on_exceed", _ACTION_NAMES[action])
+        if isinstance(action, str) and action in ACTION_NAMES:
+            object.__setattr__(self, "on_exceed", ACTION_NAMES[action])
         elif action not in get_args(Action) and not callable(action):
             raise UsageError(
                 f"Budget(on_exceed={action!r}) is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from clevagent_core.errors import UsageError
@@ -53,6 +54,8 @@ class LLMCall:
     """The conversation it belongs to, for ``Budget(per="thread")``."""
     seen: object = field(default=None, compare=False, repr=False)
     """For the provider of bounds: what it already knew of this history when it was asked."""
+    began: object = field(default=None, compare=False, repr=False)
+    """For the loop guard: what it knew of the run when this call began."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +70,8 @@ class ToolCall:
     """The node or agent it is made in."""
     thread_id: str | None = None
     """The conversation it belongs to."""
+    began: object = field(default=None, compare=False, repr=False)
+    """For the loop guard: what it knew of the run when this call began."""
 
 
 Call = LLMCall | ToolCall
@@ -127,6 +132,9 @@ class Usage:
                 )
 
 
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One sign of progress: a finished call, node or task, or a ``ping()``."""
@@ -135,5 +143,5 @@ class Step:
     """What was finished."""
     name: str = ""
     """The model's, tool's, node's or task's name; for a ping its status."""
-    detail: dict[str, object] = field(default_factory=dict)
+    detail: Mapping[str, object] = field(default_factory=lambda: _NOTHING)
     """What else is told; for a ping its message and meta."""

@@ -70,8 +70,13 @@ def shutdown() -> None:
         if found is not None and not _is_implicit:
             _was_shut_down = bool(found.settings.budgets)
         atexit.unregister(shutdown)
-        if found is not None and found.pid == os.getpid():
+        if found is None:
+            return
+        if found.pid == os.getpid():
             found.shutdown()
+        else:
+            # Forked: the runs are the parent's to end; what this process holds is its own.
+            found.ledger.close()
 
 
 def _after_fork_in_child() -> None:

@@ -32,6 +32,7 @@ class OpenLLMCall:
         cache_read_tokens: int = 0,
         cache_write_tokens: int = 0,
         reasoning_tokens: int = 0,
+        answer: object = None,
     ) -> None:
         """Tell what the provider reported, in tokens. Only the first time counts.
 
@@ -41,6 +42,8 @@ class OpenLLMCall:
             cache_read_tokens: those of the input that came from the provider's cache.
             cache_write_tokens: those of the input that were written to it.
             reasoning_tokens: those of the output that the user does not see.
+            answer: what the model said, and the tools it asks for; any nesting of text. Loops of model calls are found by it. It
+                stays in the process.
 
         Raises:
             UsageError: a count is missing, negative or no whole number, or a detail is more than its total; the call then stays
@@ -65,7 +68,7 @@ class OpenLLMCall:
                 f"output_tokens={output_tokens}, reasoning_tokens={reasoning_tokens}) cannot be true: cached tokens lie inside the "
                 "input, reasoning inside the output. The call stays charged at its upper bound; give the totals as the provider does."
             )
-        self._ticket.settle(usage)
+        self._ticket.settle(usage, result=answer)
 
     def release(self) -> None:
         """Tell that the request was never sent, or was refused unbilled: what the call held is given back."""
@@ -79,9 +82,15 @@ class OpenToolCall:
         """Made by ``tool_call`` only."""
         self._ticket = ticket
 
-    def settle(self, *, result: object = None, error: BaseException | None = None) -> None:  # noqa: ARG002 - what loop guards read
-        """Tell that the tool has run. Only the first time counts; leaving the block tells it too."""
-        self._ticket.settle(error=error)
+    def settle(self, *, result: object = None, error: BaseException | None = None) -> None:
+        """Tell that the tool has run. Only the first time counts; leaving the block tells it too, without a result.
+
+        Args:
+            result: what it gave back; loops of tool calls are found by it. It stays in the process.
+            error: what it failed with.
+
+        """
+        self._ticket.settle(error=error, result=result)
 
     def release(self) -> None:
         """Tell that the tool was not run after all."""

@@ -2,9 +2,11 @@
 
 ClevAgentError
 ├── Stopped (RuntimeError)     a guard stopped this call; nothing was sent
-│   └── BudgetExceeded         the money, tokens or calls of a budget are used up
-│       └── BudgetBusy         what is left is only held by calls in flight: try again later
+│   ├── BudgetExceeded         the money, tokens or calls of a budget are used up
+│   │   └── BudgetBusy         what is left is only held by calls in flight: try again later
+│   └── LoopDetected           the run repeats itself without anything new
 ├── UsageError                 a mistake in how ClevAgent is used
+├── LedgerError                what is spent cannot be counted: the ledger's file cannot be read or written
 └── PluginError                a named plugin is broken
 
 ``Stopped`` is a ``RuntimeError`` because LangGraph's default retry policy repeats other exceptions. No message contains
@@ -79,8 +81,23 @@ class BudgetBusy(BudgetExceeded):
     """What is left of a budget is held by calls in flight; the same call may fit once they are settled."""
 
 
+class LoopDetected(Stopped):
+    """The run repeats itself and nothing new comes of it. Every later call of the run is refused, until ``run.forgive_loops()``.
+
+    Its incident tells in ``details`` the ``period`` (how many calls one round has), how many ``times``, ``since`` when (seconds since
+    1970), the ``calls`` of one round, the ``rule`` that found it, and ``cost_usd``, what the run has cost since it began.
+    """
+
+
 class UsageError(ClevAgentError):
     """A mistake in how ClevAgent is used. The message tells what happened, what it means and what to do."""
+
+
+class LedgerError(ClevAgentError):
+    """What is spent cannot be counted, because the ledger cannot be read or written; so no call is let through.
+
+    The message tells what is wrong with the file, and what to do. The same call may be tried again once that is done.
+    """
 
 
 class PluginError(ClevAgentError):

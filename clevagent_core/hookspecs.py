@@ -158,5 +158,8 @@ def clevagent_bound(call: LLMCall) -> int | None:
 
 
 @hookspec(firstresult=True)
-def clevagent_ledger(url: str, clock: Clock) -> Ledger | None:
-    """Open the ledger that ``init(ledger=url)`` names (``memory``). ``None`` means "not mine"; what it raises leaves ``init``."""
+def clevagent_ledger(url: str, clock: Clock, agent: str) -> Ledger | None:
+    """Open the ledger that ``init(ledger=url)`` names (``memory``, ``sqlite:///path``), for the agent of that name.
+
+    ``None`` means "not mine"; what it raises leaves ``init``.
+    """

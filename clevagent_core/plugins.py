@@ -37,10 +37,12 @@ logger = logging.getLogger("clevagent")
 ENTRY_POINT_GROUP = "clevagent"
 
 BUILTINS = (
+    "clevagent_core.guards.loop",
     "clevagent_core.guards.budget",
     "clevagent_core.bounds",
     "clevagent_core.price_list",
     "clevagent_core.ledger.memory",
+    "clevagent_core.ledger.sqlite",
 )
 """The built-in plugins by dotted name, in the order in which they are registered. Each module has ``plugin()``, which makes one.
 All are ordinary plugins: they use the public hooks only, and any of them can be blocked. Adapters are found like everybody's
@@ -254,9 +256,9 @@ class Plugins:
             logger.error("A provider of bounds answered %r, which is no number of tokens; it was passed over.", bound)
         return None
 
-    def ledger(self, url: str, clock: Clock) -> Ledger | None:
+    def ledger(self, url: str, clock: Clock, agent: str) -> Ledger | None:
         """Ask who can open the ledger ``url``."""
-        found: Ledger | None = self._manager.hook.clevagent_ledger(url=url, clock=clock)
+        found: Ledger | None = self._manager.hook.clevagent_ledger(url=url, clock=clock, agent=agent)
         return found
 
     # -- inside -----------------------------------------------------------------------------------------------------------

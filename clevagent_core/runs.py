@@ -20,7 +20,7 @@ from clevagent_core.accounts import accounts_of, record
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
-from clevagent_core.errors import BudgetBusy, BudgetExceeded, Stopped, UsageError
+from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, Stopped, UsageError
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clevagent")
 
 
-_TOLD_BY_BUDGETS = frozenset({"budget", "busy"})
+_TOLD_BY_GUARDS = frozenset({"budget", "busy", "loop"})
+_ERRORS: dict[str, type[Stopped]] = {"budget": BudgetExceeded, "busy": BudgetBusy, "loop": LoopDetected}
 
 
 class Run:
@@ -79,6 +80,10 @@ class Run:
         """Every account that a call of this run, or of one nested in it, counted against."""
         self.memo: dict[object, Any] = {}
         """For guards: what they worked out for this run. Emptied when it grows large."""
+        self.state: dict[object, Any] = {}
+        """For guards: what each has seen of this run, with the guard itself as the key."""
+        self.forgiven = 0
+        """How often ``forgive_loops`` was called on this run tree; kept on its root."""
         self._tally = Tally()
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ class Run:
 
         Raises:
             BudgetExceeded: a budget has no room. BudgetBusy: the room is held by calls in flight. Stopped: another guard.
-            UsageError: the call cannot be priced or bounded, or the ledger cannot be used.
+            UsageError: the call cannot be priced or bounded. LedgerError: the ledger cannot be used.
 
         """
         answer = self._try(call, extra)
@@ -131,6 +136,11 @@ class Run:
         """Whether a call was made, refused or recorded in it."""
         tally = self._tally
         return bool(self.used or self.memo or tally.by_model or tally.by_tool or tally.refusals)
+
+    @property
+    def cost_pico(self) -> int:
+        """What it has cost so far, in pico-USD; nested runs included, calls in flight not."""
+        return self._tally.cost
 
     def log(self, call: Call, usage: Usage, cost_pico: int | None) -> None:
         """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``."""
@@ -200,6 +210,10 @@ class Run:
         for account, amount in found:
             self.watchdog.ledger.top_up(account, amount)
 
+    def forgive_loops(self) -> None:
+        """Let the run go on after ``LoopDetected``: what has repeated so far is forgotten, in the whole run tree."""
+        self.root.forgiven += 1
+
     @contextmanager
     def wrap_up(self) -> Iterator[None]:
         """Let the calls inside use what ``keep_usd`` keeps back, after the stop: a closing answer, an apology, a hand-over."""
@@ -227,7 +241,8 @@ class Run:
             ticket = hold.owner
             if isinstance(ticket, Ticket) and ticket.run is self:
                 ticket.charge()
-        self.watchdog.ledger.forget(list(self.accounts.values()))
+        if self.pid == os.getpid():  # else a copy in a forked child: the run goes on in its parent
+            self.watchdog.ledger.forget(list(self.accounts.values()))
         summary = self.summary()
         # A run around many short ones must not keep the accounts of each.
         for run in self.chain():
@@ -273,9 +288,11 @@ class Run:
                     if granted is not None:
                         ticket.max_output_tokens = granted
                     continue
-            except UsageError:
+            except (UsageError, LedgerError) as error:
                 release_all(reservations)
-                raise
+                if not self.dry_run or isinstance(error, UsageError):
+                    raise
+                answer = self._fault(plugin, error)
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)
@@ -293,8 +310,8 @@ class Run:
         if self.dry_run:
             self.watchdog.tell(replace(verdict.incident, action="dry_run"))
             return None
-        # Budgets tell their own stops, once for each account.
-        if verdict.incident.kind not in _TOLD_BY_BUDGETS:
+        # These guards tell their own stops, once for each account or loop; they answer the same to every later call.
+        if verdict.incident.kind not in _TOLD_BY_GUARDS:
             self.watchdog.tell(verdict.incident)
         return verdict
 
@@ -323,15 +340,15 @@ class Run:
         for run in self.chain():
             with run._tally.lock:  # noqa: SLF001 - a run of the same chain
                 run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
-        kind = stop.incident.kind
-        return {"budget": BudgetExceeded, "busy": BudgetBusy}.get(kind, Stopped)(stop.incident)
+        return _ERRORS.get(stop.incident.kind, Stopped)(stop.incident)
 
     def _others_hold(self) -> bool:
         """Tell whether anybody else could give money back: a thread that waits for what it holds itself waits in vain."""
         me = threading.get_ident()
         holds = self.watchdog.ledger.holds()
         # None at all: what refused the call has come back meanwhile.
-        return not holds or any(not isinstance(hold.owner, Ticket) or hold.owner.thread != me for hold in holds)
+        others = any(not isinstance(hold.owner, Ticket) or hold.owner.thread != me for hold in holds)
+        return not holds or others or self.watchdog.ledger.is_held_elsewhere()
 
     def _wait(self, call: Call, extra: Sequence[Budget], stop: Stop) -> Ticket | Stop:
         clock = self.watchdog.clock

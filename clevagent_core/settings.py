@@ -8,16 +8,19 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from inspect import iscoroutinefunction
+from typing import Any, Literal, cast, get_args
 
-from clevagent_core.budgets import Budget, check_names
+from clevagent_core.budgets import ACTION_NAMES, Budget, check_names
 from clevagent_core.errors import UsageError
 from clevagent_core.pricing import Price
+from clevagent_core.verdicts import Incident
 
 ENV_PREFIX = "CLEVAGENT_"
 
 Estimate = Literal["upper", "expected"]
 UnknownPrice = Literal["refuse", "allow"]
+OnLoop = Literal["warn", "raise"] | Callable[[Incident], object]
 
 
 def _setting(default: Any, read: Callable[[str], Any] | None = None, *, factory: Callable[[], Any] | None = None) -> Any:
@@ -83,13 +86,18 @@ class Settings:
     prices: Mapping[str, Price] = _setting(None, factory=dict)
     """Prices of your own, by model name; they go before the price list. Not in the environment."""
     ledger: str = _setting("memory", str)
-    """Where accounts are kept. ``memory``: in the process."""
+    """Where accounts are kept. ``memory``: in the process. ``sqlite:///path`` or a path: in a file, which all processes of a machine
+    share and which outlives them."""
     attach: tuple[str, ...] = _setting((), _read_names)
     """Frameworks to attach to as a whole, without a change to the code that uses them: ``langchain``."""
     plugins: tuple[object, ...] = _setting(())
     """Plugins of your own, beside those that are installed. Not in the environment."""
     block: tuple[str, ...] = _setting((), _read_names)
     """Plugins to leave out, by the names that ``clevagent plugins`` lists; built-in ones too."""
+    on_loop: OnLoop = _setting("warn", str)
+    """What happens when a run repeats itself: ``warn`` tells; ``raise`` refuses every later call of the run with ``LoopDetected``; a
+    callable gets the incident, and the run goes on if it returns ``"warn"``. ``alert_only`` and ``stop`` are accepted for the first
+    two."""
     dry_run: bool = _setting(default=False, read=_read_flag)
     """Work everything out and tell it, but stop nothing."""
     estimate: Estimate = _setting("upper", str)
@@ -141,6 +149,10 @@ class Settings:
                 raise UsageError(_unknown(name, list(specs), "setting"))
             if value is not None:
                 values[name] = tuple(value) if isinstance(value, list) else value
+        if "on_loop" in values:
+            values["on_loop"] = check_on_loop(values["on_loop"], where="on_loop=")
+        if isinstance(values.get("ledger"), os.PathLike):
+            values["ledger"] = os.path.join(".", values["ledger"])  # noqa: PTH118 - a path, also where it looks like a word
         settings = cls(**values)
         settings._check()
         return settings
@@ -150,24 +162,16 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise UsageError(f"{name}={value!r} is not a list. Write {name}=[...] with {kind} items.")
-        if not isinstance(self.agent, str) or not self.agent:
-            raise UsageError(f"agent={self.agent!r} names nothing. Give the agent a name, for example agent='research'.")
+        for name, example in (("agent", "agent='research'"), ("ledger", "ledger='memory' or ledger='sqlite:///ledger.db'")):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise UsageError(f"{name}={value!r} names nothing. Give a name, for example {example}.")
         check_names(self.budgets)
         if not isinstance(self.dry_run, bool):
             raise UsageError(
                 f"dry_run={self.dry_run!r} is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."
             )
-        if not isinstance(self.prices, Mapping):
-            raise UsageError(
-                f"prices={self.prices!r} is no mapping of model names to prices. "
-                "Write prices={'my-model': clevagent.Price(input=2.50, output=10)} (US dollars per million tokens)."
-            )
-        for model, price in self.prices.items():
-            if not isinstance(price, Price):
-                raise UsageError(
-                    f"prices={{{model!r}: {price!r}}} is no Price, so its calls could not be priced. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
-                    "(US dollars per million tokens)."
-                )
+        self._check_prices()
         for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
             value = getattr(self, name)
             if value not in allowed:
@@ -183,6 +187,47 @@ class Settings:
             raise UsageError(
                 f"assume_output_tokens={tokens!r} is no number of tokens, so no call could be priced by it. Give a whole number of at least 1."
             )
+
+    def _check_prices(self) -> None:
+        if not isinstance(self.prices, Mapping):
+            raise UsageError(
+                f"prices={self.prices!r} is no mapping of model names to prices. "
+                "Write prices={'my-model': clevagent.Price(input=2.50, output=10)} (US dollars per million tokens)."
+            )
+        for model, price in self.prices.items():
+            if not isinstance(price, Price):
+                raise UsageError(
+                    f"prices={{{model!r}: {price!r}}} is no Price, so its calls could not be priced. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
+                    "(US dollars per million tokens)."
+                )
+
+
+def check_on_loop(on_loop: object, *, where: str) -> OnLoop:
+    """Take an action for loops as it was given; the published names are turned into ours.
+
+    Raises:
+        UsageError: no such action, or one that nothing here can carry out.
+
+    """
+    action = ACTION_NAMES.get(on_loop, on_loop) if isinstance(on_loop, str) else on_loop
+    close = ")" if "(" in where else ""
+    if action in ("halt", "ask"):
+        raise UsageError(
+            f"{where}{on_loop!r}{close} needs an attachment that can end a framework's work gracefully, which this is not, so nothing "
+            "was set. Use 'raise' and catch clevagent.LoopDetected around the agent; for an agent of create_agent, "
+            "BudgetMiddleware(on_loop='halt') ends it gracefully."
+        )
+    if action not in ("warn", "raise") and not callable(action):
+        raise UsageError(
+            f"{where}{on_loop!r}{close} is no action, so nothing would happen when a run repeats itself. Use 'warn', 'raise', or a "
+            "callable that gets the incident."
+        )
+    if iscoroutinefunction(action):
+        raise UsageError(
+            f"{where}{on_loop!r}{close} is an async function, and nothing would wait for it: calls are checked in sync code too. Give "
+            "a plain function; it may schedule what has to be awaited."
+        )
+    return cast("OnLoop", action)
 
 
 def _unknown(name: str, known: Sequence[str], what: str) -> str:

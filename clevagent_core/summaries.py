@@ -97,20 +97,21 @@ class RunSummary:
 class Tally:
     """Adds up what a run uses. One lock: additions come from many threads."""
 
-    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "lock", "refusals", "tool_calls", "unpriced")
+    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "cost", "lock", "refusals", "tool_calls", "unpriced")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.by_model: dict[str, list[int]] = {}
         self.by_node: dict[str, list[int]] = {}
         self.by_tool: dict[str, list[int]] = {}
-        self.tool_calls = self.refusals = self.clamped = self.charged = self.unpriced = 0
+        self.cost = self.tool_calls = self.refusals = self.clamped = self.charged = self.unpriced = 0
 
     def add(self, call: Call, sign: int, cost: int | None, usage: Usage, charged: bool, clamped: bool) -> None:  # noqa: FBT001 - hot
         """Add a call (``sign`` 1), or take back one that was charged because its real usage came later (``sign`` -1)."""
         input_tokens, output_tokens = usage.input_tokens, usage.output_tokens
         amount = sign * (cost or 0)
         with self.lock:
+            self.cost += amount
             if charged:
                 self.charged += sign
             if clamped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clevagent")
 
 _NO_USAGE = Usage()
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(kind: Literal["llm_call", "tool_call"], name: str) -> Step:
+    # Frozen, and the same for every call of one model or tool: making one costs as much as settling in the ledger.
+    return Step(kind=kind, name=name)
 
 
 class Reservation(Protocol):
@@ -48,6 +55,8 @@ class Outcome(NamedTuple):
     """What it cost in pico-USD; ``None`` where no price is known."""
     error: BaseException | None = None
     """Why it failed."""
+    result: object = None
+    """What came back, where the adapter tells it: a tool's result, a model's answer (text, and the tools it asks for)."""
 
 
 class Ticket:
@@ -96,12 +105,12 @@ class Ticket:
             return False
         return self.max_output_tokens < call.max_output_tokens
 
-    def settle(self, usage: Usage | None = None, *, error: BaseException | None = None) -> None:
-        """Tell that the call ended. Without ``usage`` it costs its upper bound."""
+    def settle(self, usage: Usage | None = None, *, error: BaseException | None = None, result: object = None) -> None:
+        """Tell that the call ended, and what came back. Without ``usage`` a model call costs its upper bound."""
         call = self.call
         if usage is None:
             if isinstance(call, LLMCall):
-                self.charge(error)
+                self.charge(error, result=result)
                 return
             usage = _NO_USAGE
         if not self._end("settled"):
@@ -115,7 +124,7 @@ class Ticket:
                 logger.exception("A reservation failed to settle and was passed over.")
         run = self.run
         run.count(call, usage, cost, clamped=self.is_clamped)
-        outcome = Outcome("settled", usage, cost, error)
+        outcome = Outcome("settled", usage, cost, error, result)
         hooks = run.hooks()
         for observer in hooks.call_settled:
             try:
@@ -123,9 +132,7 @@ class Ticket:
             except Exception:  # whose code: a plugin's; observers fail open
                 logger.exception("An observer of settled calls failed and was passed over.")
         if hooks.step:
-            run.step(
-                Step(kind="llm_call", name=call.model) if isinstance(call, LLMCall) else Step(kind="tool_call", name=call.tool)
-            )
+            run.step(_step("llm_call", call.model) if isinstance(call, LLMCall) else _step("tool_call", call.tool))
 
     def release(self, error: BaseException | None = None) -> None:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
@@ -134,7 +141,7 @@ class Ticket:
         release_all(self._reservations)
         self._tell_failed(Outcome("released", None, 0, error))
 
-    def charge(self, error: BaseException | None = None) -> None:
+    def charge(self, error: BaseException | None = None, *, result: object = None) -> None:
         """Tell that the call may have been sent and that its usage is unknown: it costs its upper bound."""
         if not self._end("charged"):
             return
@@ -153,7 +160,7 @@ class Ticket:
             self._charged_cost = cost
             self._is_charge_counted = True
         self.run.count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)
-        self._tell_failed(Outcome("charged", None, cost, error))
+        self._tell_failed(Outcome("charged", None, cost, error, result))
 
     def fail(self, error: BaseException, *, sent: bool) -> None:
         """Tell that the call failed: ``release`` unless it may have been sent and billed, else ``charge``."""

@@ -76,13 +76,13 @@ class Watchdog:
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
-        ledger = self.plugins.ledger(self.settings.ledger, self.clock)
+        ledger = self.plugins.ledger(self.settings.ledger, self.clock, self.settings.agent)
         if ledger is None:
             blocked = ", ".join(self.settings.block)
             raise UsageError(
                 f"ledger={self.settings.ledger!r} is not known to any plugin, so nothing could be counted"
                 f"{f' (block leaves out {blocked})' if blocked else ''}. "
-                "Use ledger='memory' (the default) and do not block 'clevagent_core.ledger.memory', or give the plugin that knows it."
+                "Use ledger='memory' (the default) or ledger='sqlite:///path', and do not block their plugins; or give the plugin that knows it."
             )
         self.ledger: Ledger = ledger
         self.process_run = Run(self, run_id="process")
@@ -266,6 +266,7 @@ class Watchdog:
         self.process_run.end()
         self._is_shut_down = True
         self.plugins.unconfigure(self)
+        self.ledger.close()
         self._teller.stop(self.settings.flush_s)
 
     def _after_fork(self) -> None:

@@ -25,6 +25,7 @@ from clevagent_core.tickets import Ticket
 from clevagent_langchain import requests
 from clevagent_langchain.failures import may_be_billed
 from clevagent_langchain.models import GUARDED, root_run, tell_unusable
+from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
 from clevagent_langchain.usage import UnusableUsage, from_error, from_llm_output, from_metadata, is_cached
 
@@ -110,10 +111,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
                 ticket.release()
                 return
             usage = from_metadata(reported)
-            ticket.settle(usage if usage is not None else from_llm_output(response.llm_output))
+            ticket.settle(usage if usage is not None else from_llm_output(response.llm_output), result=answer_of(response))
         except UnusableUsage as problem:
             tell_unusable(ticket, problem)
-            ticket.settle()
+            ticket.settle(result=answer_of(response))
         except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
             logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
             ticket.settle()
@@ -158,7 +159,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Settle a tool call."""
-        self._end_tool(run_id, None)
+        result, error = tool_result(output)
+        self._end_tool(run_id, error, result)
 
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Settle a tool call that failed: it did run."""
@@ -276,12 +278,12 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             tracker.add_ticket(run_id, ticket, branch)
         return run
 
-    def _end_tool(self, run_id: UUID, error: BaseException | None) -> None:
+    def _end_tool(self, run_id: UUID, error: BaseException | None, result: object = None) -> None:
         tracker = self._tracker()
         ticket = tracker.take_ticket(run_id)
         tracker.end(run_id, error)
         if ticket is not None:
-            ticket.settle(error=error)
+            ticket.settle(error=error, result=result)
 
     def _end_chain(self, run_id: UUID, error: BaseException | None) -> None:
         tracker = self._tracker()

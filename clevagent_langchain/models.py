@@ -41,6 +41,7 @@ from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import is_transient, may_be_billed, wait_before_retry
+from clevagent_langchain.results import Said, answer_of
 from clevagent_langchain.usage import UnusableUsage, add, from_error, from_llm_output, from_metadata
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def _generate(
             raise
         finally:
             inside.end()
-        _settle(ticket, lambda: _usage_of(result))
+        _settle(ticket, lambda: _usage_of(result), answer_of(result))
         return result
 
     try:
@@ -294,7 +295,7 @@ async def _agenerate(
             raise
         finally:
             inside.end()
-        _settle(ticket, lambda: _usage_of(result))
+        _settle(ticket, lambda: _usage_of(result), answer_of(result))
         return result
 
     try:
@@ -349,7 +350,7 @@ def _stream(
         raise
     finally:
         inside.end()
-    _settle(ticket, told.usage)
+    _settle(ticket, told.usage, told.answer())
 
 
 async def _astream(
@@ -397,7 +398,7 @@ async def _astream(
         raise
     finally:
         inside.end()
-    _settle(ticket, told.usage)
+    _settle(ticket, told.usage, told.answer())
 
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
@@ -462,7 +463,7 @@ def _is_inside(model: BaseChatModel, run_manager: Any) -> bool:
     return inside is not None and inside.is_of(model, run_manager)
 
 
-def _settle(ticket: Ticket, read: Callable[[], Usage | None]) -> None:
+def _settle(ticket: Ticket, read: Callable[[], Usage | None], answer: object = None) -> None:
     usage = None
     try:
         usage = read()
@@ -470,7 +471,7 @@ def _settle(ticket: Ticket, read: Callable[[], Usage | None]) -> None:
         tell_unusable(ticket, problem)
     except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
         logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
-    ticket.settle(usage)
+    ticket.settle(usage, result=answer)
 
 
 def tell_unusable(ticket: Ticket, problem: UnusableUsage) -> None:
@@ -527,16 +528,18 @@ async def _aclose(chunks: object) -> None:
 class _Told:
     """What the chunks of a stream have told of its usage so far."""
 
-    __slots__ = ("_has_ended", "_parts", "is_final")
+    __slots__ = ("_has_ended", "_parts", "_said", "is_final")
 
     def __init__(self) -> None:
         self._parts: list[Mapping[str, Any]] = []
+        self._said = Said()
         self._has_ended = False
         self.is_final = False
         """Whether the answer was over when its usage was told: some providers tell what there is so far with every chunk."""
 
     def note(self, chunk: ChatGenerationChunk) -> None:
         message = chunk.message
+        self._said.note(message)
         for info in (chunk.generation_info, message.response_metadata):
             if info and (info.get("finish_reason") or info.get("stop_reason") or info.get("status")):
                 self._has_ended = True
@@ -544,6 +547,9 @@ class _Told:
         if metadata is not None:
             self._parts.append(metadata)
             self.is_final = self._has_ended and bool(metadata.get("output_tokens"))
+
+    def answer(self) -> object:
+        return self._said.answer()
 
     def usage(self) -> Usage | None:
         return add(usage for part in self._parts if (usage := from_metadata(part)) is not None)

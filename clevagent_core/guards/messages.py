@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from clevagent_core.budgets import UNITS, USD, Budget
-from clevagent_core.calls import Call, LLMCall
+from clevagent_core.calls import Call, LLMCall, Step
+from clevagent_core.clock import utc
 from clevagent_core.ledger.account import Balance, Notice, Refusal
 from clevagent_core.money import format_usd, to_usd
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
+    from clevagent_core.guards.loop import Mark
+    from clevagent_core.guards.repetition import Finding
     from clevagent_core.runs import Run
 
 
@@ -100,3 +104,77 @@ def notice_incident(run: Run, notice: Notice) -> Incident:
         )
     )
     return _incident(run, "overshoot", message, "dry_run" if run.dry_run else "warn", balance, None)
+
+
+def loop_incident(run: Run, finding: Finding, begin: Mark) -> Incident:
+    """Say what repeats, how often, since when, and what it has cost since. What was asked and answered is not told."""
+    wall = run.watchdog.clock.wall()
+    cost = run.root.cost_pico - begin.cost_pico
+    calls = [_name(sign.what) for sign in finding.signs]
+    what = {
+        "same call and result": f"the {calls[0]} was called {finding.times} times with the same arguments, and gave the same result",
+        "same failure": f"the {calls[0]} failed {finding.times} times in the same words, whatever it was asked",
+        "cycle": f"a round of {finding.period} calls ({', '.join(calls)}) came {finding.times} times with the same results",
+    }.get(
+        finding.rule,
+        f"the same {finding.period} calls ({', '.join(calls)}) came again and again, about {finding.times} times each, with the same results",
+    )
+    return Incident(
+        kind="loop",
+        message=(
+            f"The run repeats itself: {what}. That began at {utc(begin.wall):%H:%M:%S} UTC, {wall - begin.wall:.0f} s ago, and has "
+            f"cost {format_usd(cost)} since. "
+        ),
+        agent=run.watchdog.settings.agent,
+        run_id=run.run_id,
+        at=wall,
+        details={
+            "rule": finding.rule,
+            "period": finding.period,
+            "times": finding.times,
+            "since": begin.wall,
+            "calls": calls,
+            "cost_usd": to_usd(cost),
+        },
+    )
+
+
+def _name(what: Any) -> str:
+    kind, name, *_ = what  # as the loop guard makes it
+    return f"{kind} {name!r}"
+
+
+def ping_incident(run: Run, ping: Step, times: int, seconds: float) -> Incident:
+    """Say that nothing but the same ping was heard."""
+    wall = run.watchdog.clock.wall()
+    return Incident(
+        kind="loop",
+        message=(
+            f"The run repeats itself: the same ping ({ping.name!r}) came {times} times within {seconds:.0f} s, with no call between. "
+        ),
+        agent=run.watchdog.settings.agent,
+        run_id=run.run_id,
+        at=wall,
+        details={
+            "rule": "same ping",
+            "period": 1,
+            "times": times,
+            "since": wall - seconds,
+            "calls": [f"ping {ping.name!r}"],
+            "cost_usd": 0.0,
+        },
+    )
+
+
+def as_told(incident: Incident, action: str) -> Incident:
+    """Say what was done about a loop, and what to do next."""
+    ends = {
+        "raise": "Every later call of this run is refused before it is sent, until run.forgive_loops().",
+        "dry_run": "Nothing was stopped, because this is a dry run.",
+        "warn": (
+            "Nothing was stopped, because loops are only warned of: clevagent.init(on_loop='raise') stops them, or "
+            "guards=[clevagent.LoopGuard()] of clevagent.run()."
+        ),
+        "let_go": "It goes on, because the on_loop callable said so.",
+    }
+    return replace(incident, message=incident.message + ends[action], action="warn" if action == "let_go" else action)

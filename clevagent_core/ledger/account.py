@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from clevagent_core.budgets import Amounts
+from clevagent_core.budgets import UNITS, USD, Amounts
+from clevagent_core.money import format_usd
 
 
 class AccountKey(NamedTuple):
@@ -113,6 +114,91 @@ class Notice(NamedTuple):
     balance: Balance
 
 
+def other_ceiling_message(account: Account, ceiling: int, keep: int) -> str:
+    """Say that one account was given two ceilings."""
+    key = account.key
+    return (
+        f"The budget {key.budget!r} is already in use for {key.key!r} with a ceiling of "
+        f"{_show(key, account.granted, account.keep)}, and is now given with {_show(key, ceiling, keep)}. "
+        "One account cannot have two ceilings: give the budgets different names, or raise the ceiling with top_up()."
+    )
+
+
+def _show(key: AccountKey, ceiling: int, keep: int) -> str:
+    if key.unit != USD:
+        return f"{ceiling:,} {UNITS[key.unit].replace('_', ' ')}"
+    return format_usd(ceiling) + (f" (keeping {format_usd(keep)})" if keep else "")
+
+
+def balance_of(account: Account) -> Balance:
+    """Read what the record says. Under the ledger's lock."""
+    return Balance(account.key, account.ceiling, account.keep, account.spent, account.held, account.latched)
+
+
+def refusal_of(lines: Sequence[Line], amounts: Amounts, *, wrap_up: bool, latch: bool) -> Refusal | None:
+    """Tell which account has no room for ``amounts``, and latch it. Under the ledger's lock. See ``Ledger.reserve``.
+
+    Raises:
+        StaleAccount: one of the accounts was taken out of the ledger.
+
+    """
+    busy: Refusal | None = None
+    for line in lines:
+        account, unit, enforced = line
+        if account.closed:
+            raise StaleAccount(account.key)
+        if not enforced:
+            continue
+        needed = amounts[unit]
+        total = account.spent + needed
+        if wrap_up:
+            room = account.ceiling
+            if not needed or total + account.held <= room:
+                continue
+        elif account.latched:
+            return _exhausted(line, needed, latch=latch)
+        else:
+            room = account.ceiling - account.keep
+            # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
+            if not needed or total + account.held <= room:
+                continue
+        if total > room:
+            return _exhausted(line, needed, latch=latch)
+        busy = busy or Refusal(line, balance_of(account), needed, busy=True, first=False)
+    return busy
+
+
+def _exhausted(line: Line, needed: int, *, latch: bool) -> Refusal:
+    account = line.account
+    first = latch and not account.told
+    if latch:
+        account.told = account.latched = True
+    return Refusal(line, balance_of(account), needed, busy=False, first=first)
+
+
+def holding_notice(line: Line) -> Notice | None:
+    """Tell, once, that an account whose ceiling is not enforced would pass it. After what is held was added."""
+    account = line.account
+    if line.enforced or account.told or account.spent + account.held <= account.ceiling:
+        return None
+    account.told = True
+    return Notice("overshoot", balance_of(account))
+
+
+def spending_notices(line: Line) -> list[Notice]:
+    """Tell, once, that an account crossed its warning mark or its ceiling; latch what passed it. After the spending was added."""
+    account, _, enforced = line
+    notices: list[Notice] = []
+    if account.spent >= account.warn_mark and not account.warned:
+        account.warned = True
+        notices.append(Notice("warning", balance_of(account)))
+    if account.spent > account.ceiling and not (account.latched if enforced else account.told):
+        account.told = True
+        account.latched = account.latched or enforced
+        notices.append(Notice("overshoot", balance_of(account)))
+    return notices
+
+
 class Hold:
     """A reservation. It is open until it is settled, released, or charged."""
 
@@ -142,6 +228,10 @@ class Hold:
         self.notices = None
 
 
+class StaleAccount(Exception):
+    """A line names an account that was taken out of the ledger meanwhile."""
+
+
 class Changes:
     """Tells those who wait that held money has come back. Safe to use from any thread."""
 
@@ -169,10 +259,6 @@ class Changes:
             listener()
 
 
-class StaleAccount(Exception):
-    """A line names an account that was taken out of the ledger meanwhile."""
-
-
 class Ledger(Protocol):
     """Keeps accounts. Every method is safe from any thread and takes effect at once or not at all."""
 
@@ -180,11 +266,20 @@ class Ledger(Protocol):
     survives_fork: bool
     """Whether a forked child and its parent see each other's spending."""
 
-    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> Account:
+    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float, is_of_run: bool = False) -> Account:
         """Find an account, or open it.
 
+        Args:
+            key: what it is found by.
+            ceiling: what it never lets be passed.
+            keep: the part of it that only a wrap-up may use.
+            warn_mark: the spending that is told, once.
+            ends_at: when (seconds since 1970) its window is over; infinity for never.
+            is_of_run: whether its window is one run of this process, with which it ends.
+
         Raises:
-            UsageError: the account is open with another ceiling: two budgets with one name and different limits.
+            UsageError: the account is open in this process with another ceiling: two budgets with one name and different limits.
+            LedgerError: as every method of a ledger that is kept in a file: it cannot be read or written.
 
         """
         ...
@@ -232,7 +327,11 @@ class Ledger(Protocol):
         ...
 
     def holds(self) -> list[Hold]:
-        """The open holds."""
+        """The open holds of this process."""
+        ...
+
+    def is_held_elsewhere(self) -> bool:
+        """Whether other processes hold anything."""
         ...
 
     def top_up(self, account: Account, amount: int) -> Balance:
@@ -249,4 +348,8 @@ class Ledger(Protocol):
 
     def evict(self, wall: float) -> int:
         """Take out accounts whose window is over at ``wall``, and idle ones that nothing was ever spent from. Tells how many."""
+        ...
+
+    def close(self) -> None:
+        """The watchdog has shut down: charge what this process still holds. Accounts can still be read."""
         ...

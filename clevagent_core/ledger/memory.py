@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 
-from clevagent_core.budgets import UNITS, USD, Amounts
+from clevagent_core.budgets import Amounts
 from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import (
@@ -20,9 +20,12 @@ from clevagent_core.ledger.account import (
     Line,
     Notice,
     Refusal,
-    StaleAccount,
+    balance_of,
+    holding_notice,
+    other_ceiling_message,
+    refusal_of,
+    spending_notices,
 )
-from clevagent_core.money import format_usd
 
 _EVICT_FROM = 1024
 """The number of accounts from which opening another one looks for some to take out."""
@@ -42,18 +45,23 @@ class MemoryLedger:
         self._evict_at = _EVICT_FROM
         _ledgers.add(self)
 
-    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float) -> Account:
+    def open(
+        self,
+        key: AccountKey,
+        *,
+        ceiling: int,
+        keep: int,
+        warn_mark: int,
+        ends_at: float,
+        is_of_run: bool = False,  # noqa: ARG002 - forget() tells in time
+    ) -> Account:
         """See :meth:`Ledger.open`."""
         with self._lock:
             account = self._accounts.get(key)
             if account is None:
                 account = self._accounts[key] = Account(key, ceiling=ceiling, keep=keep, warn_mark=warn_mark, ends_at=ends_at)
             elif account.granted != ceiling or account.keep != keep:
-                raise UsageError(
-                    f"The budget {key.budget!r} is already in use for {key.key!r} with a ceiling of "
-                    f"{_ceiling(key, account.granted, account.keep)}, and is now given with {_ceiling(key, ceiling, keep)}. "
-                    "One account cannot have two ceilings: give the budgets different names, or raise the ceiling with top_up()."
-                )
+                raise UsageError(other_ceiling_message(account, ceiling, keep))
             return account
 
     def reserve(
@@ -68,37 +76,14 @@ class MemoryLedger:
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         with self._lock:
-            refused: Refusal | None = None
-            for line in lines:
-                account, unit, enforced = line
-                if account.closed:
-                    raise StaleAccount(account.key)
-                if not enforced:
-                    continue
-                needed = amounts[unit]
-                total = account.spent + needed
-                if wrap_up:
-                    room = account.ceiling
-                    if not needed or total + account.held <= room:
-                        continue
-                elif account.latched:
-                    return self._refuse(line, needed, latch=latch)
-                else:
-                    room = account.ceiling - account.keep
-                    # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
-                    if not needed or total + account.held <= room:
-                        continue
-                if total > room:
-                    return self._refuse(line, needed, latch=latch)
-                refused = refused or Refusal(line, _balance(account), needed, busy=True, first=False)
-            if refused is not None:
-                return refused
+            refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
+            if refusal is not None:
+                return refusal
             hold = Hold(lines, amounts, expires_at=expires_at, owner=owner)
-            for account, unit, enforced in lines:
-                account.held += amounts[unit]
-                if not enforced and not account.told and account.spent + account.held > account.ceiling:
-                    account.told = True
-                    hold.notices = [*(hold.notices or ()), Notice("overshoot", _balance(account))]
+            for line in lines:
+                line.account.held += amounts[line.unit]
+                if not line.enforced and (notice := holding_notice(line)) is not None:
+                    hold.notices = [*(hold.notices or ()), notice]
             self._holds[hold] = None
             return hold
 
@@ -143,19 +128,23 @@ class MemoryLedger:
         with self._lock:
             return list(self._holds)
 
+    def is_held_elsewhere(self) -> bool:
+        """See :meth:`Ledger.is_held_elsewhere`."""
+        return False
+
     def top_up(self, account: Account, amount: int) -> Balance:
         """See :meth:`Ledger.top_up`."""
         with self._lock:
             account.ceiling += amount
             account.latched = account.told = account.warned = False
-            balance = _balance(account)
+            balance = balance_of(account)
         self.changes.notify()
         return balance
 
     def balance(self, account: Account) -> Balance:
         """See :meth:`Ledger.balance`."""
         with self._lock:
-            return _balance(account)
+            return balance_of(account)
 
     def forget(self, accounts: Sequence[Account]) -> None:
         """See :meth:`Ledger.forget`."""
@@ -177,12 +166,10 @@ class MemoryLedger:
             self._evict_at = max(_EVICT_FROM, 2 * len(self._accounts))
             return len(gone)
 
-    def _refuse(self, line: Line, needed: int, *, latch: bool) -> Refusal:
-        account = line.account
-        first = latch and not account.told
-        if latch:
-            account.told = account.latched = True
-        return Refusal(line, _balance(account), needed, busy=False, first=first)
+    def close(self) -> None:
+        """See :meth:`Ledger.close`."""
+        for hold in self.holds():
+            self.charge(hold)
 
     def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         notices: list[Notice] = []
@@ -190,17 +177,13 @@ class MemoryLedger:
         if hold.state == "open":
             # In a forked child the holds of its parent are not there any more.
             self._holds.pop(hold, None)
-        for account, unit, enforced in hold.lines:
+        for line in hold.lines:
+            account, unit, _ = line
             if hold.state == "open":
                 account.held -= hold.amounts[unit]
             account.spent += amounts[unit] - (before[unit] if before else 0)
-            if account.spent >= account.warn_mark and not account.warned:
-                account.warned = True
-                notices.append(Notice("warning", _balance(account)))
-            if account.spent > account.ceiling and not (account.latched if enforced else account.told):
-                account.told = True
-                account.latched = account.latched or enforced
-                notices.append(Notice("overshoot", _balance(account)))
+            if account.spent >= account.warn_mark or account.spent > account.ceiling:
+                notices += spending_notices(line)
         hold.charged = amounts
         return notices
 
@@ -212,16 +195,6 @@ class MemoryLedger:
         for account in self._accounts.values():
             account.closed = True
         self._accounts, self._holds = {}, {}
-
-
-def _ceiling(key: AccountKey, ceiling: int, keep: int) -> str:
-    if key.unit != USD:
-        return f"{ceiling:,} {UNITS[key.unit].replace('_', ' ')}"
-    return format_usd(ceiling) + (f" (keeping {format_usd(keep)})" if keep else "")
-
-
-def _balance(account: Account) -> Balance:
-    return Balance(account.key, account.ceiling, account.keep, account.spent, account.held, account.latched)
 
 
 def _is_evictable(account: Account, wall: float) -> bool:

@@ -61,6 +61,8 @@ def test_the_tree_of_errors():
         "Stopped": ["ClevAgentError", "RuntimeError"],
         "BudgetExceeded": ["Stopped"],
         "BudgetBusy": ["BudgetExceeded"],
+        "LoopDetected": ["Stopped"],
+        "LedgerError": ["ClevAgentError"],
         "UsageError": ["ClevAgentError"],
         "PluginError": ["ClevAgentError"],
     }

@@ -34,7 +34,7 @@ CHECKS = [name for name in BUILTINS if name != LEDGER]
 HOOKS = [name for name, value in vars(hookspecs).items() if name.startswith("clevagent_") and callable(value)]
 
 
-def incident(kind="loop", message="it goes round"):
+def incident(kind="policy", message="it goes round"):
     return Incident(kind=kind, message=message)
 
 
@@ -112,7 +112,7 @@ def test_with_every_check_blocked_a_call_that_may_have_been_sent_still_counts(ma
 
 
 def test_a_blocked_ledger_is_an_error_that_names_it(make):
-    with pytest.raises(UsageError, match=r"do not block 'clevagent_core\.ledger\.memory'"):
+    with pytest.raises(UsageError, match=r"block leaves out clevagent_core\.ledger\.memory\)"):
         make(block=[LEDGER])
 
 
@@ -434,7 +434,7 @@ def test_failed_calls_tell_whether_they_were_charged(make, heard, llm, end, stat
 def test_a_guard_of_anybodys_can_stop_a_call(make, llm):
     with pytest.raises(Stopped, match="it goes round") as caught:
         make(plugins=[Stopper()]).process_run.open(llm())
-    assert (type(caught.value), caught.value.incident.kind) == (Stopped, "loop")
+    assert (type(caught.value), caught.value.incident.kind) == (Stopped, "policy")
 
 
 def test_a_guard_of_anybodys_can_warn_and_observers_hear_it(make, heard, llm):

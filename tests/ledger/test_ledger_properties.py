@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +16,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from clevagent.testing import FakeClock
 from clevagent_core.budgets import UNITS, USD, Amounts
 from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import Account, AccountKey, Balance, Hold, Ledger, Line, Notice, Refusal, StaleAccount
 from clevagent_core.ledger.memory import MemoryLedger
+from clevagent_core.ledger.sqlite import SqliteLedger
 
 
 class EagerMemoryLedger(MemoryLedger):
@@ -26,7 +32,33 @@ class EagerMemoryLedger(MemoryLedger):
         return super().evict(wall)
 
 
-LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": EagerMemoryLedger}
+class EagerSqliteLedger(SqliteLedger):
+    """Looks each time, and keeps nothing for later."""
+
+    kept_s = 0.0
+
+    def evict(self, wall: float) -> int:
+        self._evict_at = -math.inf
+        return super().evict(wall)
+
+
+def _make_sqlite() -> Ledger:
+    folder = Path(tempfile.mkdtemp(prefix="clevagent-ledger-"))
+    _folders.append(folder)
+    return EagerSqliteLedger(folder / "ledger.db", FakeClock(datetime(1970, 1, 1, tzinfo=UTC)))
+
+
+_folders: list[Path] = []
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    while _folders:
+        shutil.rmtree(_folders.pop())
+
+
+LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": EagerMemoryLedger, "sqlite": _make_sqlite}
 """Every ledger is put through the same. Its ``evict`` must look at every account, each time."""
 
 GIVEN = {"small": (5, 0), "kept": (20, 8), "plain": (12, 0), "other": (30, 1)}

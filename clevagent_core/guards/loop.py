@@ -1,0 +1,305 @@
+"""The loop guard: finds that a run repeats itself and nothing new comes of it, and stops it before the money does.
+
+It looks at what came back, not only at what was asked: the same call with a new result is progress. Tools and models are watched
+apart, because a model that asks for a tool and the tool that answers would count one round twice. What is *new* in the input of a
+model is what stands behind the history that it was sent before; so a loop shows however long the history grows, and an
+instruction that is mapped over a thousand documents shows none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from clevagent_core.calls import Call, LLMCall, Step
+from clevagent_core.guards.fingerprints import arguments_of, result_of
+from clevagent_core.guards.messages import as_told, loop_incident, ping_incident
+from clevagent_core.guards.repetition import Repetition, Sign
+from clevagent_core.hookspecs import hookimpl
+from clevagent_core.settings import OnLoop, check_on_loop
+from clevagent_core.verdicts import Incident, Stop
+
+if TYPE_CHECKING:
+    from clevagent_core.runs import Run
+    from clevagent_core.tickets import Outcome
+    from clevagent_core.watchdog import Watchdog
+
+logger = logging.getLogger("clevagent")
+
+PINGS = 50
+PINGS_WITHIN_S = 30.0
+"""So many identical pings in so many seconds, with no call between them, are a loop in which nothing is done."""
+_MARKS = 512
+"""For how many of the latest calls it is known when they ended and what the run had cost by then."""
+_CONVERSATIONS = 64
+"""How many conversations of a run are followed at once."""
+
+
+class Mark(NamedTuple):
+    """When one call ended, and what the run had cost by then."""
+
+    step: int
+    cost_pico: int
+    wall: float
+
+
+class _Stream:
+    """The calls of one kind (tools, or models) of one run tree."""
+
+    __slots__ = ("is_told", "marks", "repetition")
+
+    def __init__(self) -> None:
+        self.repetition = Repetition()
+        self.marks: deque[Mark] = deque(maxlen=_MARKS)
+        self.is_told = False
+        """Whether the loop that goes on was told; what is only warned of is told once, until something new comes."""
+
+    def forget(self) -> None:
+        self.repetition.reset()
+        self.is_told = False
+
+    def mark_of(self, step: int) -> Mark:
+        """Find what was known when the call ``step`` had ended, or as near to it as is still known."""
+        return self.marks[max(0, step - self.marks[0].step)]
+
+
+class _Watch:
+    """What the guard has seen of one run tree. The lock is held for some microseconds after each call."""
+
+    __slots__ = ("conversations", "forgiven", "found", "is_ping_told", "is_told", "llm", "lock", "ping", "pings", "stop", "tools")
+
+    def __init__(self, forgiven: int) -> None:
+        self.lock = threading.RLock()
+        self.forgiven = forgiven
+        self.conversations: dict[Hashable, tuple[int, int]] = {}
+        self.tools, self.llm = _Stream(), _Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        self.tools.forget()
+        self.llm.forget()
+        self.ping: Step | None = None
+        self.is_ping_told = False
+        self.pings: deque[float] = deque(maxlen=PINGS)
+        self.stop: Stop | None = None
+        """What every call is answered once a loop was found, unless it is only warned of."""
+        self.found: Incident | None = None
+        """The loop, before it is said what was done about it."""
+        self.is_told = False
+        """Whether it was told, and the user's callable asked."""
+
+    def stream(self, call: Call) -> _Stream:
+        return self.llm if isinstance(call, LLMCall) else self.tools
+
+
+class LoopGuard:
+    """Finds loops in the calls of a run and of the runs nested in it.
+
+    One is built in and only warns (``init(on_loop=...)`` changes that). Give another one to ``clevagent.run(guards=[...])``, or to
+    ``init(plugins=[...])``, and it speaks in place of the built-in one. Safe to share between runs and threads; bounded memory and
+    a few microseconds a call, however long the run.
+
+    What is not known cannot be compared: a call counts only if its adapter, or ``settle(result=...)`` and ``settle(answer=...)`` of
+    the framework-free doors, tells what came back. Outside of every run nobody can tell one piece of work from the next, so there a
+    model call counts only where it goes on with the conversation before it.
+    """
+
+    fails_closed = False
+
+    def __init__(self, *, on_loop: OnLoop = "raise") -> None:
+        """Answer loops by ``on_loop``.
+
+        Args:
+            on_loop: ``warn`` tells; ``raise`` refuses every later call of the run with ``LoopDetected``, until
+                ``run.forgive_loops()``; a callable gets the incident once, and the run goes on if it returns ``"warn"``.
+
+        Raises:
+            UsageError: an action that does not exist, or that nothing here can carry out.
+
+        """
+        self._on_loop = check_on_loop(on_loop, where="LoopGuard(on_loop=")
+        self._is_builtin = False
+        self._yields = False
+
+    # -- hooks ------------------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def clevagent_configure(self, watchdog: Watchdog) -> None:
+        """Take the action that the settings name, and step aside where the user gave a guard."""
+        if self._is_builtin:
+            self._on_loop = watchdog.settings.on_loop
+            self._yields = _has_other(self, watchdog.plugins.bound_hooks.before_call)
+
+    @hookimpl
+    def clevagent_before_call(self, run: Run, call: Call) -> Stop | None:
+        """Refuse the call if the run repeats itself."""
+        watch = self._watch(run)
+        if watch is None:
+            return None
+        call.began = watch.stream(call).repetition.steps
+        return None if watch.stop is None else self._answer(run, watch)
+
+    @hookimpl
+    def clevagent_call_settled(self, run: Run, call: Call, outcome: Outcome) -> None:
+        """Take note of what came back."""
+        if outcome.result is not None or outcome.error is not None:
+            self._note(run, call, outcome)
+
+    @hookimpl
+    def clevagent_call_failed(self, run: Run, call: Call, outcome: Outcome) -> None:
+        """Take note of how it failed; what was cancelled, or never heard of again, tells nothing."""
+        if outcome.result is not None or isinstance(outcome.error, Exception):
+            self._note(run, call, outcome)
+
+    @hookimpl
+    def clevagent_step(self, run: Run, step: Step) -> None:
+        """Count pings that say the same, again and again."""
+        if step.kind != "ping":
+            return
+        watch = self._watch(run)
+        if watch is None:
+            return
+        now = run.watchdog.clock.monotonic()
+        with watch.lock:
+            if step != watch.ping:
+                watch.ping, watch.is_ping_told = step, False
+                watch.pings.clear()
+            watch.pings.append(now)
+            seconds = now - watch.pings[0]
+            if len(watch.pings) == PINGS and seconds <= PINGS_WITHIN_S and not watch.is_ping_told and watch.stop is None:
+                watch.is_ping_told = True
+                self._found(run, watch, ping_incident(run, step, PINGS, seconds))
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _watch(self, run: Run) -> _Watch | None:
+        """Find what was seen of the run tree; ``None`` where another guard speaks for it."""
+        try:
+            watch: _Watch | None = run.state[self]
+        except KeyError:
+            watch = self._new_watch(run)
+        if watch is not None and watch.forgiven != run.root.forgiven:
+            with watch.lock:
+                watch.forgiven = run.root.forgiven
+                watch.forget()
+        return watch
+
+    def _new_watch(self, run: Run) -> _Watch | None:
+        if self._yields or (self._is_builtin and run.guards is not None and _has_other(self, run.guards.before_call)):
+            run.state[self] = None
+            return None
+        root = run.root
+        watch: _Watch | None = root.state.get(self)
+        if watch is None:
+            # setdefault: of two threads that come here at once, one makes it.
+            watch = root.state.setdefault(self, _Watch(root.forgiven))
+        run.state[self] = watch
+        return watch
+
+    def _note(self, run: Run, call: Call, outcome: Outcome) -> None:
+        watch = self._watch(run)
+        if watch is None:
+            return
+        began = call.began
+        with watch.lock:
+            sign = self._sign(run, watch, call, outcome)
+            if sign is None:
+                return
+            watch.ping = None
+            stream = watch.stream(call)
+            repetition = stream.repetition
+            finding = repetition.observe(sign, started=began if type(began) is int else repetition.steps)
+            stream.marks.append(Mark(repetition.steps - 1, run.root.cost_pico, run.watchdog.clock.wall()))
+            if finding is None:
+                stream.is_told = False
+            elif not stream.is_told and watch.stop is None:
+                stream.is_told = True
+                self._found(run, watch, loop_incident(run, finding, stream.mark_of(finding.since - 1)))
+
+    def _sign(self, run: Run, watch: _Watch, call: Call, outcome: Outcome) -> Sign | None:
+        """Make the fingerprints of a call."""
+        error = outcome.error
+        came_back = outcome.result if outcome.result is not None else error
+        if not isinstance(call, LLMCall):
+            arguments, shape = arguments_of(call.arguments)
+            result, result_shape = result_of(came_back, failed=error is not None)
+            return Sign(("tool", call.tool, call.node, call.thread_id), arguments, shape, result, result_shape, error is not None)
+        what = ("model", call.model, call.node, call.thread_id)
+        new, goes_on = _new_input(watch.conversations, what, call.input)
+        if not goes_on and run.root is run.watchdog.process_run:
+            return None
+        # Ids are made anew for each answer, so the shape counts; numbers are news in it.
+        shape = arguments_of(new)[1]
+        answer = arguments_of(came_back)[1] if error is None else result_of(error)[1]
+        return Sign(what, shape, shape, answer, answer, error is not None)
+
+    def _found(self, run: Run, watch: _Watch, incident: Incident) -> None:
+        if run.dry_run:
+            run.watchdog.tell(as_told(incident, "dry_run"))
+        elif self._on_loop == "warn":
+            run.watchdog.tell(as_told(incident, "warn"))
+        else:
+            watch.stop = Stop(incident=as_told(incident, "raise"))
+            watch.found = incident
+            watch.is_told = False
+
+    def _answer(self, run: Run, watch: _Watch) -> Stop | None:
+        if run.dry_run or run.watchdog.wrapping_up.get():
+            return None
+        with watch.lock:
+            stop, found = watch.stop, watch.found
+            if stop is None or found is None or watch.is_told:
+                return stop
+            watch.is_told = True
+        if callable(self._on_loop) and self._ask(self._on_loop, stop.incident):
+            with watch.lock:
+                watch.forget()
+            run.watchdog.tell(as_told(found, "let_go"))
+            return None
+        run.watchdog.tell(stop.incident)
+        return stop
+
+    def _ask(self, on_loop: OnLoop, incident: Incident) -> bool:
+        """Ask the user's callable; tell whether the run may go on."""
+        try:
+            return bool(on_loop(incident) == "warn")  # type: ignore[operator]  # the caller has seen that it can be called
+        except Exception:  # whose code: the user's
+            logger.exception("The on_loop callable failed; the run stays stopped.")
+            return False
+
+
+def _has_other(guard: LoopGuard, checks: Sequence[tuple[object, object]]) -> bool:
+    return any(isinstance(plugin, LoopGuard) and plugin is not guard for _, plugin in checks)
+
+
+def _new_input(conversations: dict[Hashable, tuple[int, int]], what: Hashable, items: Sequence[object]) -> tuple[object, bool]:
+    """Find what stands behind the history that was sent before, and whether there was one that this call goes on with.
+
+    Of the history only its length and its last item are compared: what came before that was looked at when it was new.
+    """
+    before = conversations.get(what)
+    if before is None and len(conversations) >= _CONVERSATIONS:
+        conversations.clear()
+    only = items[0] if len(items) == 1 else None
+    if isinstance(only, str):
+        # One text that grows: a scratchpad.
+        conversations[what] = (len(only), hash(only))
+        if before is not None and len(only) > before[0] and hash(only[: before[0]]) == before[1]:
+            return only[before[0] :], True
+        return only, False
+    if not items:
+        return (), False
+    conversations[what] = (len(items), arguments_of(items[-1])[0])
+    if before is not None and len(items) > before[0] > 0 and arguments_of(items[before[0] - 1])[0] == before[1]:
+        return items[before[0] :], True
+    return items, False
+
+
+def plugin() -> LoopGuard:
+    """Make the built-in plugin of this module."""
+    guard = LoopGuard(on_loop="warn")
+    guard._is_builtin = True  # noqa: SLF001 - the same module
+    return guard

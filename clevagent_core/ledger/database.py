@@ -1,0 +1,358 @@
+"""One SQLite file that threads and processes of one machine share: transactions, fairness, forks, checkpoints, clear errors.
+
+How it is driven, and why (measured with SQLite 3.40):
+
+- WAL with ``synchronous=NORMAL``: a commit is a write without an fsync. A killed process loses nothing; a power failure may lose
+  the last commits.
+- Every transaction begins with ``BEGIN IMMEDIATE``. One that reads first and writes later fails as soon as another has written.
+- Around it a ``flock`` on a file of its own. SQLite's waiting is a sleep that grows, by which some of several busy processes
+  starve; the kernel wakes those that wait for a ``flock`` one after another.
+- Automatic checkpoints are off: a thread makes them, so that no call waits for one.
+- SQLite's connections must not cross a fork: a connection that the child makes would believe that the locks of the parent's are its
+  own. So the parent's is closed before, and both make a new one after.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clevagent_core.errors import LedgerError
+
+BUSY_S = 5.0
+"""How long SQLite waits for a program that does not take our lock: a backup, a shell."""
+_CHECKPOINT_EVERY = 1000
+"""After how many commits of this process a checkpoint is made."""
+_WAL_PAGES = 4000
+"""From how many pages on writers are held up for the end of a checkpoint, so that the log begins anew: 16 MB."""
+APPLICATION_ID = 0x436C6576
+"""Written into the file's header, so that another program's database is not taken for a ledger."""
+
+Execute = Callable[..., sqlite3.Cursor]
+
+
+class Database:
+    """A connection of this process to one file, and the lock of its transactions. ``with database as execute:`` is one transaction.
+
+    Safe from any thread. What fails is raised as ``LedgerError``, and nothing of the transaction is kept.
+    """
+
+    def __init__(self, path: Path, migrations: tuple[str, ...]) -> None:
+        """Open ``path``, make it if it does not exist, and bring it up to date.
+
+        Raises:
+            LedgerError: it cannot be opened, is no ledger, or was made by a newer version.
+
+        """
+        self.path = path
+        self.lock = threading.RLock()
+        """Held during every transaction. Reentrant, because the garbage collector may settle a call at any allocation."""
+        self.is_inside = False
+        """Whether a transaction is open: whoever then comes in on the same thread must not begin another."""
+        self.identity: tuple[int, int] | None = None
+        """Device and inode of the file that is open; another one means that it was deleted and made anew."""
+        self._migrations = migrations
+        self._connection: sqlite3.Connection | None = None
+        self._execute: Execute
+        self._fd = -1
+        self._commits = 0
+        self._checkpointer = _Checkpointer(self)
+        with self.lock:
+            self._open()
+        _databases.add(self)
+
+    # -- transactions -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Execute:
+        """Begin a transaction that writes; waits for its turn."""
+        self.lock.acquire()
+        try:
+            self._refuse_inside()
+            self._open()
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                self._execute("BEGIN IMMEDIATE")
+            except sqlite3.Error as error:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise explained(error, self.path) from error
+            except BaseException:
+                self._roll_back()
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise
+            self.is_inside = True
+        except BaseException:
+            self.lock.release()
+            raise
+        return self._execute
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Commit, or take everything back if something was raised."""
+        try:
+            if error is None:
+                try:
+                    self._execute("COMMIT")
+                except BaseException as problem:
+                    self._roll_back()
+                    if isinstance(problem, sqlite3.Error):
+                        raise explained(problem, self.path) from problem
+                    raise
+                self._commits += 1
+                if self._commits >= _CHECKPOINT_EVERY:
+                    self._commits = 0
+                    self._checkpointer.poke()
+            else:
+                self._roll_back()
+                if isinstance(error, sqlite3.Error):
+                    raise explained(error, self.path) from error
+        finally:
+            self.is_inside = False
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.lock.release()
+
+    def read(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        """Read outside of a transaction; inside one on the same thread, as it stands there."""
+        with self.lock:
+            if not self.is_inside:
+                self._open()
+            try:
+                return self._execute(sql, parameters).fetchall()
+            except sqlite3.Error as error:
+                raise explained(error, self.path) from error
+
+    def close(self) -> None:
+        """Close the connection; the next transaction opens it again."""
+        with self.lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                # The last one to close makes a checkpoint, which can fail like every write; the log is then kept for the next.
+                with suppress(sqlite3.Error):
+                    connection.close()
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    # -- opening ----------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._connection is not None and self._identity_now() == self.identity:
+            return
+        if self.identity not in (None, self._identity_now()):
+            raise LedgerError(
+                f"The ledger {str(self.path)!r} was deleted or replaced while this process used it. Who starts now counts in another "
+                "file, so no ceiling would hold, and nothing was let through. Start this process anew; to begin from zero, use "
+                "`clevagent ledger reset`, which no process minds."
+            )
+        try:
+            self._make_file()
+            self._fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                self._connection = connect(self.path)
+                self._execute = self._connection.cursor().execute
+                self._migrate(self._connection)
+                self.identity = self._identity_now()
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise explained(error, self.path) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _identity_now(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - with every transaction, and a Path takes three times as long
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _make_file(self) -> None:
+        # Never opened once SQLite has it: closing any descriptor of a file drops all POSIX locks of the process on it.
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        if version == 0 and application == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        elif application != APPLICATION_ID:
+            raise LedgerError(
+                f"{str(self.path)!r} is a database of another program, not a ledger, so nothing was written to it. Give ledger= the "
+                "path of a file that ClevAgent may make."
+            )
+        newest = len(self._migrations)
+        if version > newest:
+            raise LedgerError(
+                f"The ledger {str(self.path)!r} was made by a newer ClevAgent (its version is {version}, this one knows {newest}), so it "
+                "was not touched. Install that version here too, or give this program a ledger of its own."
+            )
+        for number, script in enumerate(self._migrations[version:], start=version + 1):
+            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT")
+
+    def _refuse_inside(self) -> None:
+        if self.is_inside:
+            raise LedgerError(
+                f"The ledger {str(self.path)!r} was used again in the middle of a transaction, by a finalizer or a signal handler, so "
+                "nothing was let through. Make calls elsewhere than there."
+            )
+
+    def _roll_back(self) -> None:
+        # A statement that failed for want of disk space has rolled back already.
+        with suppress(sqlite3.Error):
+            self._execute("ROLLBACK")
+
+    # -- what is done beside transactions ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold up every writer of the machine."""
+        with self.lock:
+            self._open()
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def before_fork(self) -> None:
+        """Let no transaction and no connection cross the fork."""
+        self._checkpointer.lock.acquire()
+        self.lock.acquire()
+        self.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on; the next transaction connects again."""
+        self.lock.release()
+        self._checkpointer.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start with fresh locks; the next transaction connects again."""
+        self.lock = threading.RLock()
+        self.is_inside = False
+        self.close()  # not closed before where a server forks without telling Python first
+        self._checkpointer = _Checkpointer(self)
+
+
+class _Checkpointer:
+    """A daemon thread that moves what was committed from the log into the file, so that no call has to."""
+
+    def __init__(self, database: Database) -> None:
+        self.lock = threading.RLock()
+        """Held while a checkpoint is made."""
+        self._database = weakref.ref(database)
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def poke(self) -> None:
+        self._wanted.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="clevagent-ledger", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            database = self._database()
+            if database is None:
+                return
+            with self.lock, suppress(sqlite3.Error, LedgerError):  # whatever is wrong with the disk, the next transaction tells
+                _checkpoint(database)
+            del database
+
+
+def _checkpoint(database: Database) -> None:
+    connection = connect(database.path)
+    try:
+        _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages > _WAL_PAGES:
+            # Only a log that is in the file to its last page begins anew, and writers who never rest let that never be.
+            with database.turn():
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    finally:
+        connection.close()
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a connection in autocommit mode, as this module drives it."""
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        _refuse_other_mode(path, mode)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _refuse_other_mode(path: Path, mode: str) -> None:
+    if mode != "wal":
+        raise LedgerError(
+            f"{str(path)!r} cannot be shared by processes: SQLite's write-ahead log does not work there (the journal mode stays "
+            f"{mode!r}). Put the ledger on a disk of this machine, not on a network drive."
+        )
+
+
+_REASONS = {
+    "SQLITE_BUSY": (
+        f"another program has held it locked for {BUSY_S:g} s",
+        "End that program (a backup, an open sqlite3 shell), then try again",
+    ),
+    "SQLITE_FULL": ("its disk is full", "Make room on the disk"),
+    "SQLITE_READONLY": ("it cannot be written", "Make the file and its folder writable for this user, or give another path"),
+    "SQLITE_CANTOPEN": (
+        "it cannot be opened",
+        "Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db",
+    ),
+    "SQLITE_CORRUPT": ("it is damaged", "Keep a copy, put a backup in its place, or delete it: all totals then start from zero"),
+    "SQLITE_NOTADB": ("it is no SQLite database", "Give the path of a ledger, or of a file that does not exist yet"),
+    "SQLITE_IOERR": ("its disk failed or is full", "Look at the disk and at the system's log"),
+}
+
+
+def explained(error: Exception, path: Path) -> LedgerError:
+    """Say what is wrong with the ledger, what it means and what to do."""
+    name = getattr(error, "sqlite_errorname", None) or ("SQLITE_CANTOPEN" if isinstance(error, OSError) else "")
+    known = next((known for known in _REASONS if name.startswith(known)), None)
+    reason, remedy = _REASONS[known] if known is not None else ("it cannot be used", "Look at the file and its disk")
+    return LedgerError(
+        f"The ledger {str(path)!r} could not be used: {reason} ({error}). What is spent could not be counted, so nothing was let "
+        f"through. {remedy}."
+    )
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_forking: list[Database] = []
+
+
+def _before_fork() -> None:
+    _forking[:] = list(_databases)
+    for database in _forking:
+        database.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for database in reversed(_forking):
+        database.after_fork_in_parent()
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    _forking.clear()
+    for database in list(_databases):
+        database.after_fork_in_child()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

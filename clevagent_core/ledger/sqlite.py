@@ -1,0 +1,633 @@
+"""A ledger in one SQLite file: shared by all processes of a machine, and kept when they end.
+
+Two statements hold a call, two settle it, each pair in one transaction over all of its accounts. What a process holds stands in the
+file too, under an *owner* that is alive as long as it keeps a kernel lock on a file of its own. Nothing that a process does can
+skip that, not even being killed; and unlike a process id it cannot become somebody else's. Whoever finds no room looks for owners
+that are dead, and charges what they held: it may have been sent, and nobody can tell any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+from clevagent_core.budgets import UNITS, USD, Amounts
+from clevagent_core.clock import Clock
+from clevagent_core.errors import LedgerError, UsageError
+from clevagent_core.hookspecs import hookimpl
+from clevagent_core.ledger.account import (
+    Account,
+    AccountKey,
+    Balance,
+    Changes,
+    Hold,
+    Ledger,
+    Line,
+    Notice,
+    Refusal,
+    balance_of,
+    holding_notice,
+    other_ceiling_message,
+    refusal_of,
+    spending_notices,
+)
+from clevagent_core.ledger.database import Database, Execute
+from clevagent_core.money import format_usd
+
+logger = logging.getLogger("clevagent")
+
+MIGRATIONS = (
+    """
+    CREATE TABLE account (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        budget TEXT NOT NULL, unit INTEGER NOT NULL, key TEXT NOT NULL, window TEXT NOT NULL,
+        granted INTEGER NOT NULL, ceiling INTEGER NOT NULL, keep INTEGER NOT NULL, warn_mark INTEGER NOT NULL,
+        spent INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0,
+        latched INTEGER NOT NULL DEFAULT 0, told INTEGER NOT NULL DEFAULT 0, warned INTEGER NOT NULL DEFAULT 0,
+        opened_at REAL NOT NULL, ends_at REAL, over_at REAL, owner INTEGER
+    );
+    CREATE UNIQUE INDEX account_key ON account (budget, unit, key, window) WHERE over_at IS NULL;
+    CREATE INDEX account_owner ON account (owner) WHERE owner IS NOT NULL;
+    CREATE TABLE owner (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, agent TEXT NOT NULL, started_at REAL NOT NULL);
+    CREATE TABLE hold (
+        id INTEGER PRIMARY KEY, owner INTEGER NOT NULL, accounts TEXT NOT NULL,
+        usd INTEGER NOT NULL, tokens INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+        llm_calls INTEGER NOT NULL, tool_calls INTEGER NOT NULL
+    );
+    CREATE INDEX hold_owner ON hold (owner)
+    """,
+)
+"""Numbered from 1; one that was published is never changed. Amounts are in the account's unit: pico-USD, tokens or calls. ``ends_at``
+is set where the calendar ends the window; ``over_at`` once the run is over that was the window; ``owner`` while that run is one
+process's own."""
+
+_KEPT_S = 3600.0
+"""How long accounts are kept whose window is over, and those that nothing was spent from."""
+_EVICT_EVERY_S = 60.0
+_EVICT_AT_ONCE = 500
+"""How many accounts are taken out in one transaction, so that nobody waits long for it."""
+_POLL_S = 0.02
+"""How often a process that waits for money looks whether another one has changed the file."""
+_RETRY_S = 1.0
+"""How often it tries again without such a change: an owner that died told nobody."""
+_ROW = "id, ceiling, keep, spent, held, latched, told, warned"
+
+
+class SqliteAccount(Account):
+    """What this process last saw of an account. What counts stands in the file."""
+
+    __slots__ = ("__weakref__", "id")
+    id: int
+
+
+class SqliteHold(Hold):
+    """A reservation that stands in the file."""
+
+    __slots__ = ("id", "owner_id", "pid")
+    id: int
+    owner_id: int
+    pid: int
+    """The process that made it; in a forked child it is a copy of what is not the child's to close."""
+
+
+class _Closing(NamedTuple):
+    """A hold that is to be closed: what it was, and what is to be spent in its place."""
+
+    hold: SqliteHold
+    was: str
+    charged: Amounts | None
+    amounts: Amounts
+
+
+class _Owner(NamedTuple):
+    """This process, as the file knows it."""
+
+    id: int
+    lock_fd: int
+
+
+class _PolledChanges(Changes):
+    """Tells those who wait also of what other processes change."""
+
+    __slots__ = ("_database", "_poller")
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self._database = database
+        self._poller: threading.Thread | None = None
+
+    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """See :meth:`Changes.subscribe`. While anybody listens, a thread looks at the file."""
+        unsubscribe = super().subscribe(listener)
+        with self._lock:
+            if self._poller is None:
+                self._poller = threading.Thread(target=self._poll, name="clevagent-ledger-changes", daemon=True)
+                self._poller.start()
+        return unsubscribe
+
+    def _poll(self) -> None:
+        seen, told_at = None, time.monotonic()
+        while True:
+            with self._lock:
+                if not self._listeners:
+                    self._poller = None
+                    return
+            time.sleep(_POLL_S)
+            try:
+                version = self._database.read("PRAGMA data_version")
+            except LedgerError:
+                version = None  # whoever waits tries again, and is told what is wrong
+            if version != seen or time.monotonic() - told_at > _RETRY_S:
+                seen, told_at = version, time.monotonic()
+                self.notify()
+
+
+class SqliteLedger:
+    """Accounts in a file. See :class:`~clevagent_core.ledger.account.Ledger` for the contract.
+
+    After a fork the child is an owner of its own: what the parent holds is not the child's to settle.
+
+    Raises:
+        LedgerError: out of every method, when the file cannot be read or written; nothing is held then. A call that was made is
+            not lost: it is settled with the next transaction that succeeds.
+
+    """
+
+    survives_fork = True
+    kept_s = _KEPT_S
+
+    def __init__(self, path: Path, clock: Clock, agent: str = "") -> None:
+        """Open the file, or make it."""
+        self._database = _database(path)
+        self._clock = clock
+        self._agent = agent
+        self._accounts: WeakValueDictionary[AccountKey, SqliteAccount] = WeakValueDictionary()
+        self._evict_at = clock.wall() + _EVICT_EVERY_S
+        self._notices: list[Notice]
+        """What closing holds has brought to light, and nobody was told yet."""
+        self._owner: _Owner | None
+        self._pid: int
+        self._start_anew()
+        _ledgers.add(self)
+        with self._database as execute:
+            self._bury_dead(execute)
+
+    # -- reservations -----------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        lines: Sequence[Line],
+        amounts: Amounts,
+        *,
+        expires_at: float,
+        owner: object,
+        wrap_up: bool = False,
+        latch: bool = True,
+    ) -> Hold | Refusal:
+        """See :meth:`Ledger.reserve`."""
+        hold = SqliteHold(lines, amounts, expires_at=expires_at, owner=owner)
+        database = self._database
+        with database.lock:
+            if self._closing:
+                self._close_waiting()
+            me = self._owner or self._enter()
+            ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
+            is_usual = not wrap_up and all(line.enforced and not line.account.closed for line in lines)
+            with database as execute:
+                if not (is_usual and execute(_reserve_sql(len(ids)), (*amounts, *ids)).rowcount == len(ids)):
+                    if is_usual:
+                        # Some of them were held; this one goes the long way.
+                        execute("ROLLBACK")
+                        execute("BEGIN IMMEDIATE")
+                    refusal = self._hold_or_refuse(execute, hold, wrap_up=wrap_up, latch=latch)
+                    if refusal is not None:
+                        return refusal
+                self._last_hold += 1
+                hold.id, hold.owner_id, hold.pid = me.id << 32 | self._last_hold, me.id, self._pid
+                execute(_INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
+            self._holds[hold] = None
+        return hold
+
+    def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
+        """See :meth:`Ledger.settle`."""
+        return [] if hold.state == "settled" else self._close_hold(hold, "settled", amounts)
+
+    def release(self, hold: Hold) -> None:
+        """See :meth:`Ledger.release`."""
+        if hold.state == "open":
+            self._close_hold(hold, "released", (0, 0, 0, 0, 0, 0))
+
+    def charge(self, hold: Hold) -> list[Notice]:
+        """See :meth:`Ledger.charge`."""
+        return self._close_hold(hold, "charged", hold.amounts) if hold.state == "open" else []
+
+    def expire(self, now: float) -> list[tuple[Hold, list[Notice]]]:
+        """See :meth:`Ledger.expire`."""
+        overdue = [hold for hold in self.holds() if hold.expires_at <= now]
+        return [(hold, self.charge(hold)) for hold in overdue]
+
+    def holds(self) -> list[Hold]:
+        """See :meth:`Ledger.holds`."""
+        with self._database.lock:
+            return list(self._holds)
+
+    def is_held_elsewhere(self) -> bool:
+        """See :meth:`Ledger.is_held_elsewhere`."""
+        me = self._owner.id if self._owner is not None else 0
+        return bool(self._database.read("SELECT EXISTS (SELECT 1 FROM hold WHERE owner <> ?)", (me,))[0][0])
+
+    # -- accounts ---------------------------------------------------------------------------------------------------------
+
+    def open(self, key: AccountKey, *, ceiling: int, keep: int, warn_mark: int, ends_at: float, is_of_run: bool = False) -> Account:
+        """See :meth:`Ledger.open`.
+
+        A ceiling that is not the one in the file was changed in the code: the new one holds from now on, for every process.
+        """
+        with self._database.lock:
+            account = self._accounts.get(key)
+            if account is not None and not account.closed:
+                if account.granted != ceiling or account.keep != keep:
+                    raise UsageError(other_ceiling_message(account, ceiling, keep))
+                return account
+            account = SqliteAccount(key, ceiling=ceiling, keep=keep, warn_mark=warn_mark, ends_at=ends_at)
+            me = (self._owner or self._enter()).id if is_of_run else None
+            ends = None if math.isinf(ends_at) else ends_at
+            with self._database as execute:
+                found = execute(_FIND, key).fetchone()
+                if found is None:
+                    row = (*key, ceiling, ceiling, keep, warn_mark, self._clock.wall(), ends, me)
+                    account.id = int(execute(_INSERT_ACCOUNT, row).lastrowid or 0)
+                else:
+                    account.id, granted, kept, opener = found
+                    if opener != me:
+                        # Of a run that was forked: no process's end is its end.
+                        execute("UPDATE account SET owner = NULL WHERE id = ?", (account.id,))
+                    if (granted, kept) != (ceiling, keep):
+                        execute(_CHANGE_CEILING, (ceiling, granted, ceiling, keep, warn_mark, ceiling, granted, account.id))
+                        logger.warning("%s", _changed_message(account, granted))
+                self._load(execute, [account])
+            self._accounts[key] = account
+            return account
+
+    def top_up(self, account: Account, amount: int) -> Balance:
+        """See :meth:`Ledger.top_up`."""
+        with self._database as execute:
+            execute(_TOP_UP, (amount, account.id))  # type: ignore[attr-defined]  # open() gave it
+            self._load(execute, [account])
+            if account.closed:
+                account.ceiling += amount
+                account.latched = account.told = account.warned = False
+            balance = balance_of(account)
+        self.changes.notify()
+        return balance
+
+    def balance(self, account: Account) -> Balance:
+        """See :meth:`Ledger.balance`. Of an account that is not in the file any more, what was last seen."""
+        with self._database.lock:
+            self._load(self._database.read, [account])
+            return balance_of(account)
+
+    def forget(self, accounts: Sequence[Account]) -> None:
+        """See :meth:`Ledger.forget`. They stay in the file for an hour."""
+        if not accounts:
+            return
+        with self._database as execute:
+            for account in accounts:
+                if self._accounts.get(account.key) is account:
+                    del self._accounts[account.key]
+                execute("UPDATE account SET over_at = ? WHERE id = ?", (self._clock.wall(), account.id))  # type: ignore[attr-defined]  # open() gave it
+
+    def evict(self, wall: float) -> int:
+        """See :meth:`Ledger.evict`. Looks once a minute, and also for owners that have died."""
+        if wall < self._evict_at:
+            return 0
+        self._evict_at = wall + _EVICT_EVERY_S
+        with self._database as execute:
+            self._bury_dead(execute)
+            return execute(_EVICT, (wall - _KEPT_S, wall - self.kept_s, wall - self.kept_s, _EVICT_AT_ONCE)).rowcount
+
+    def close(self) -> None:
+        """See :meth:`Ledger.close`."""
+        with self._database.lock:
+            for hold in self.holds():
+                self.charge(hold)
+            self._close_waiting()
+            if self._owner is not None:
+                with self._database as execute:
+                    self._bury(execute, self._owner.id)
+                self._leave()
+            self._database.close()
+
+    # -- inside: holds ----------------------------------------------------------------------------------------------------
+
+    def _hold_or_refuse(self, execute: Execute, hold: SqliteHold, *, wrap_up: bool, latch: bool) -> Refusal | None:
+        """Decide by what the accounts say, and hold if there is room everywhere. The long way: every line is looked at."""
+        lines, amounts = hold.lines, hold.amounts
+        accounts = [line.account for line in lines]
+        self._load(execute, accounts)
+        refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=False)
+        if refusal is not None and self._bury_dead(execute):
+            self._load(execute, accounts)
+            refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=False)
+        if refusal is not None:
+            if latch:
+                refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=True)
+                self._save_marks(execute, accounts)
+            return refusal
+        for line in lines:
+            account: Any = line.account
+            account.held += amounts[line.unit]
+            notice = holding_notice(line)
+            if notice is not None:
+                hold.notices = [*(hold.notices or ()), notice]
+            execute("UPDATE account SET held = held + ? WHERE id = ?", (amounts[line.unit], account.id))
+        if hold.notices:
+            self._save_marks(execute, accounts)
+        return None
+
+    def _close_hold(self, hold: Hold, state: Any, amounts: Amounts) -> list[Notice]:
+        with self._database.lock:
+            if not isinstance(hold, SqliteHold) or hold.pid != self._pid or hold.state == "settled":
+                return []
+            self._holds.pop(hold, None)
+            self._closing.append(_Closing(hold, hold.state, hold.charged, amounts))
+            hold.state, hold.charged = state, None if state == "released" else amounts
+            if self._database.is_inside:
+                return []  # the garbage collector's, in the middle of a transaction, whose end takes care of it
+            self._close_waiting()
+            notices, self._notices = self._notices, []
+        self.changes.notify()
+        return notices
+
+    def _close_waiting(self) -> None:
+        """Close every hold that is to be closed; those that cannot be now stay in line."""
+        while self._closing:
+            waiting = list(self._closing)
+            notices = []
+            with self._database as execute:
+                for closing in waiting:
+                    notices += self._close_one(execute, closing)
+            self._notices += notices
+            for _ in waiting:
+                self._closing.popleft()
+
+    def _close_one(self, execute: Execute, closing: _Closing) -> list[Notice]:
+        hold, amounts = closing.hold, closing.amounts
+        lines = hold.lines
+        ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
+        held, before = hold.amounts, closing.charged or _ZERO
+        if closing.was != "open":
+            held = _ZERO
+        elif execute("DELETE FROM hold WHERE id = ?", (hold.id,)).rowcount == 0:
+            # Somebody took this process for dead, and charged what it held.
+            held, before = _ZERO, hold.amounts
+            if self._owner is not None and self._owner.id == hold.owner_id:
+                self._leave()
+        spent = amounts if before is _ZERO else tuple(map(int.__sub__, amounts, before))
+        execute(_settle_sql(len(ids)), (*held, *spent, *ids))
+        self._load(execute, [line.account for line in lines])
+        notices = []
+        for line in lines:
+            account = line.account
+            if account.closed:
+                account.spent += spent[line.unit]
+            if account.spent >= account.warn_mark or account.spent > account.ceiling:
+                notices += spending_notices(line)
+        if notices:
+            self._save_marks(execute, [line.account for line in lines])
+        return notices
+
+    # -- inside: rows -----------------------------------------------------------------------------------------------------
+
+    def _load(self, execute: Callable[..., Any], accounts: Sequence[Any]) -> None:
+        """Read accounts; those that are not there any more are marked as closed."""
+        by_id = {account.id: account for account in accounts}
+        rows = execute(_select_sql(len(by_id)), tuple(by_id))
+        for id_, ceiling, keep, spent, held, latched, told, warned in rows:
+            account = by_id.pop(id_)
+            account.ceiling, account.keep, account.spent, account.held = ceiling, keep, spent, held
+            account.latched, account.told, account.warned = bool(latched), bool(told), bool(warned)
+        for account in by_id.values():
+            account.closed = True
+
+    def _save_marks(self, execute: Execute, accounts: Sequence[Any]) -> None:
+        for account in accounts:
+            execute(
+                "UPDATE account SET latched = ?, told = ?, warned = ? WHERE id = ?",
+                (account.latched, account.told, account.warned, account.id),
+            )
+
+    # -- inside: owners ---------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> _Owner:
+        """Make this process known in the file."""
+        with self._database as execute:
+            id_ = int(execute(_INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
+            # Locked before anybody can see it: an owner without a locked file is dead.
+            path = owner_path(self._database.path, id_)
+            try:
+                lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LedgerError(
+                    f"The ledger {str(self._database.path)!r} could not be used: the file {str(path)!r}, by whose lock other processes "
+                    f"see that this one is alive, cannot be made ({error}). Nothing was let through. Make the folder writable."
+                ) from error
+        self._owner = _Owner(id_, lock_fd)
+        return self._owner
+
+    def _leave(self) -> None:
+        me, self._owner = self._owner, None
+        if me is not None:
+            owner_path(self._database.path, me.id).unlink(missing_ok=True)
+            os.close(me.lock_fd)
+
+    def _bury_dead(self, execute: Execute) -> int:
+        """Charge what owners held that are not alive any more; tell how many such calls there were."""
+        charged = 0
+        me = self._owner.id if self._owner is not None else 0
+        for id_, pid, agent in execute("SELECT id, pid, agent FROM owner WHERE id <> ?", (me,)).fetchall():
+            path = owner_path(self._database.path, id_)
+            if is_locked(path):
+                continue
+            calls, pico = self._bury(execute, id_)
+            path.unlink(missing_ok=True)
+            charged += calls
+            if calls:
+                logger.warning(
+                    "Process %d of agent %r ended with %d calls in flight. They may have been billed, so their upper bounds are "
+                    "charged%s.",
+                    pid,
+                    agent,
+                    calls,
+                    f": {format_usd(pico)}" if pico else "",
+                )
+        return charged
+
+    def _bury(self, execute: Execute, owner: int) -> tuple[int, int]:
+        holds = execute(f"SELECT accounts, {', '.join(UNITS)} FROM hold WHERE owner = ?", (owner,)).fetchall()
+        for accounts, *amounts in holds:
+            ids = [int(number) for number in accounts.split(",")]
+            execute(_settle_sql(len(ids)), (*amounts, *amounts, *ids))
+        execute("DELETE FROM hold WHERE owner = ?", (owner,))
+        execute("UPDATE account SET over_at = ? WHERE owner = ? AND over_at IS NULL", (self._clock.wall(), owner))
+        execute("DELETE FROM owner WHERE id = ?", (owner,))
+        return len(holds), sum(amounts[USD] for _, *amounts in holds)
+
+    # -- inside: forks ----------------------------------------------------------------------------------------------------
+
+    def _start_anew(self) -> None:
+        self.changes: Changes = _PolledChanges(self._database)
+        self._holds: dict[SqliteHold, None] = {}
+        self._closing: deque[_Closing] = deque()
+        self._notices = []
+        self._pid = os.getpid()
+        self._owner = None
+        self._last_hold = 0
+
+    def _after_fork(self) -> None:
+        me = self._owner
+        self._start_anew()
+        if me is not None:
+            os.close(me.lock_fd)  # the parent's stays locked: it belongs to the file as the parent has it open
+
+
+_ZERO: Amounts = (0, 0, 0, 0, 0, 0)
+_AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1}" for unit in range(len(UNITS))) + " END"
+_SPENT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1 + len(UNITS)}" for unit in range(len(UNITS))) + " END"
+_FIND = "SELECT id, granted, keep, owner FROM account WHERE budget = ? AND unit = ? AND key = ? AND window = ? AND over_at IS NULL"
+_INSERT_ACCOUNT = (
+    "INSERT INTO account (budget, unit, key, window, granted, ceiling, keep, warn_mark, opened_at, ends_at, owner) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_INSERT_OWNER = "INSERT INTO owner (pid, agent, started_at) VALUES (?, ?, ?)"
+_INSERT_HOLD = "INSERT INTO hold VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_TOP_UP = "UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?"
+# What was topped up stays on top; a ceiling that was raised opens the latch as a top-up does.
+_CHANGE_CEILING = (
+    "UPDATE account SET ceiling = ceiling + ? - ?, granted = ?, keep = ?, warn_mark = ?, "
+    "latched = latched AND ? < ?, told = 0, warned = 0 WHERE id = ?"
+)
+_EVICT = (
+    "DELETE FROM account WHERE id IN (SELECT id FROM account WHERE held = 0 AND (over_at <= ? OR over_at IS NULL AND (ends_at <= ? OR "
+    "opened_at <= ? AND spent = 0 AND latched = 0 AND ceiling = granted)) LIMIT ?)"
+)
+
+
+@cache
+def _reserve_sql(count: int) -> str:
+    return (
+        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count, len(UNITS))}) AND latched = 0 "
+        f"AND ({_AMOUNT} = 0 OR spent + held + {_AMOUNT} <= ceiling - keep)"
+    )
+
+
+@cache
+def _settle_sql(count: int) -> str:
+    # Not with RETURNING, which takes four times as long as a second statement that reads.
+    return f"UPDATE account SET held = held - {_AMOUNT}, spent = spent + {_SPENT} WHERE id IN ({_places(count, 2 * len(UNITS))})"
+
+
+@cache
+def _select_sql(count: int) -> str:
+    return f"SELECT {_ROW} FROM account WHERE id IN ({_places(count, 0)})"
+
+
+def _places(count: int, after: int) -> str:
+    return ", ".join(f"?{after + number}" for number in range(1, count + 1))
+
+
+def owner_path(path: Path, owner: int) -> Path:
+    return path.with_name(f"{path.name}-owner-{owner}")
+
+
+def is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _changed_message(account: Account, granted: int) -> str:
+    key = account.key
+    show: Callable[[int], str] = format_usd if key.unit == USD else "{:,}".format
+    return (
+        f"The ceiling of the budget {key.budget!r} ({UNITS[key.unit]}, {key.key}) was {show(granted)} in the ledger and is now given as "
+        f"{show(account.granted)}; that holds from now on, for every process that uses the file. What was spent stays spent."
+    )
+
+
+_ledgers: weakref.WeakSet[SqliteLedger] = weakref.WeakSet()
+_databases: WeakValueDictionary[str, Database] = WeakValueDictionary()
+_databases_lock = threading.RLock()
+
+
+def _database(path: Path) -> Database:
+    """Find the one connection of this process to a file: two of them could wait for each other on one thread."""
+    with _databases_lock:
+        name = os.path.realpath(path)
+        found = _databases.get(name)
+        if found is None:
+            found = _databases[name] = Database(Path(name), MIGRATIONS)
+        return found
+
+
+def _after_fork_in_child() -> None:
+    global _databases_lock  # noqa: PLW0603 - the parent may have held it
+    _databases_lock = threading.RLock()
+    for ledger in list(_ledgers):
+        ledger._after_fork()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+
+
+def path_of(url: str) -> Path | None:
+    """Read the path in ``sqlite:///path`` (four slashes for an absolute one), or a path as it is; ``None`` for anything else."""
+    name = url.removeprefix("sqlite:///")
+    if name == url and not (os.sep in url or url.endswith(_SUFFIXES)):
+        return None
+    if name == url and "://" in url:
+        return None
+    return Path(name).expanduser()
+
+
+class SqliteLedgerProvider:
+    """Opens ``init(ledger="sqlite:///path")``."""
+
+    @hookimpl
+    def clevagent_ledger(self, url: str, clock: Clock, agent: str) -> Ledger | None:
+        """Answer for paths, and for URLs that begin with ``sqlite:``."""
+        if url.startswith("sqlite:") and not url.removeprefix("sqlite:///").strip("/:"):
+            raise UsageError(
+                f"ledger={url!r} names no file, so nothing could be shared or kept. Write sqlite:///ledger.db (in the working "
+                "directory), sqlite:////var/lib/ledger.db (absolute), or the path itself; for accounts in memory, ledger='memory'."
+            )
+        path = path_of(url)
+        return None if path is None else SqliteLedger(path, clock, agent)
+
+
+def plugin() -> SqliteLedgerProvider:
+    """Make the built-in plugin of this module."""
+    return SqliteLedgerProvider()
