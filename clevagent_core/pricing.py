@@ -22,10 +22,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from clevagent_core.calls import Usage
@@ -107,6 +107,8 @@ class Rates:
     """Until when these rates hold, in wall seconds since 1970; ``math.inf`` when no change is foreseen."""
     source: str = ""
     """Where they come from, for people: ``genai-prices openai/gpt-4o``, ``prices= of init``."""
+    _dearest: tuple[tuple[int, int], ...] = field(default=(), init=False, compare=False, repr=False)
+    """The dearest rates of text input and of output among the tiers up to each one."""
 
     def __post_init__(self) -> None:
         """Refuse tiers among which no right one could be found."""
@@ -116,6 +118,10 @@ class Rates:
                 f"Rates(tiers=...) has the starts {starts!r}, so no cost can be told. Give at least one Tier, in ascending "
                 "order of start, the first with start=-1."
             )
+        inputs = [max(tier.input, tier.cache_read, tier.cache_write, tier.cache_write_1h) for tier in self.tiers]
+        outputs = [tier.output for tier in self.tiers]
+        dearest = zip(accumulate(inputs, max), accumulate(outputs, max), strict=True)
+        object.__setattr__(self, "_dearest", tuple(dearest))
 
     def cost(self, usage: Usage) -> int:
         """Tell what ``usage`` costs, in pico-USD: what genai-prices computes, exactly, but for rates that were rounded up.
@@ -140,15 +146,14 @@ class Rates:
         All tiers that the input can reach count, and the dearest of uncached, cached and cache-written input. Rates for
         audio count only with ``audio=True``: they are many times those for text, and most calls carry none.
         """
-        dearest_input = dearest_output = 0
-        for position, tier in enumerate(self.tiers):
-            if position and input_tokens <= tier.start:
-                break
-            dearest_input = max(dearest_input, tier.input, tier.cache_read, tier.cache_write, tier.cache_write_1h)
-            dearest_output = max(dearest_output, tier.output)
-            if audio:
-                dearest_input = max(dearest_input, tier.input_audio)
-                dearest_output = max(dearest_output, tier.output_audio)
+        tiers = self.tiers
+        reached = 1
+        while reached < len(tiers) and input_tokens > tiers[reached].start:
+            reached += 1
+        dearest_input, dearest_output = self._dearest[reached - 1]
+        if audio:
+            dearest_input = max(dearest_input, *(tier.input_audio for tier in tiers[:reached]))
+            dearest_output = max(dearest_output, *(tier.output_audio for tier in tiers[:reached]))
         return input_tokens * dearest_input + output_tokens * dearest_output + self.per_request
 
     def _tier(self, input_tokens: int) -> Tier:

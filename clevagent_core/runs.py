@@ -120,7 +120,11 @@ class Run:
 
     def step(self, step: Step) -> None:
         """Tell a sign of progress."""
-        for observer in self.hooks().step:
+        self.tell_step(self.hooks(), step)
+
+    def tell_step(self, hooks: BoundHooks, step: Step) -> None:
+        """Tell a sign of progress to hooks that are known already. For tickets."""
+        for observer in hooks.step:
             try:
                 observer(self, step)
             except Exception:  # whose code: a plugin's; observers fail open
@@ -263,7 +267,7 @@ class Run:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _try(self, call: Call, extra: Sequence[Budget]) -> Ticket | Stop:
-        hooks = self.hooks()
+        hooks = self.watchdog.plugins.bound_hooks if self.guards is None else self.hooks()
         for check, plugin in hooks.before_call:
             try:
                 verdict = check(self, call)

@@ -122,7 +122,14 @@ class Tally:
                 return
             if cost is None:
                 self.unpriced += sign
-            _add(self.by_model, call.model, sign, amount, input_tokens, output_tokens)
+            row = self.by_model.get(call.model)
+            if row is None:
+                row = self.by_model[call.model] = [0, 0, 0, 0]
+            # Written out: every model call comes here, once for each run around it.
+            row[0] += sign
+            row[1] += amount
+            row[2] += input_tokens
+            row[3] += output_tokens
             if call.node is not None:
                 _add(self.by_node, call.node, sign, amount, input_tokens, output_tokens)
             if call.tool is not None:

@@ -123,7 +123,7 @@ class Ticket:
             except Exception:  # whose code: a guard's; the next one still gets its money back
                 logger.exception("A reservation failed to settle and was passed over.")
         run = self.run
-        run.count(call, usage, cost, clamped=self.is_clamped)
+        run.count(call, usage, cost, clamped=self.max_output_tokens is not None and self.is_clamped)
         outcome = Outcome("settled", usage, cost, error, result)
         hooks = run.hooks()
         for observer in hooks.call_settled:
@@ -132,7 +132,7 @@ class Ticket:
             except Exception:  # whose code: a plugin's; observers fail open
                 logger.exception("An observer of settled calls failed and was passed over.")
         if hooks.step:
-            run.step(_step("llm_call", call.model) if isinstance(call, LLMCall) else _step("tool_call", call.tool))
+            run.tell_step(hooks, _step("llm_call", call.model) if isinstance(call, LLMCall) else _step("tool_call", call.tool))
 
     def release(self, error: BaseException | None = None) -> None:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
