@@ -42,6 +42,8 @@ class LLMCall:
     counts as the whole context window."""
     audio: bool = False
     """True when sound may be sent or answered, which can cost many times what text does. What is opaque may hold some."""
+    writes_cache: bool = True
+    """False where the request asks its provider to keep nothing in a cache, so that what that costs cannot be billed."""
     context_window: int | None = None
     """The model's context window where the caller knows it: no bound is larger. Else what is opaque counts as the price list's."""
     service_tier: str | None = None

@@ -107,8 +107,8 @@ class Rates:
     """Until when these rates hold, in wall seconds since 1970; ``math.inf`` when no change is foreseen."""
     source: str = ""
     """Where they come from, for people: ``genai-prices openai/gpt-4o``, ``prices= of init``."""
-    _dearest: tuple[tuple[int, int], ...] = field(default=(), init=False, compare=False, repr=False)
-    """The dearest rates of text input and of output among the tiers up to each one."""
+    _dearest: tuple[tuple[int, int, int], ...] = field(default=(), init=False, compare=False, repr=False)
+    """The dearest rates among the tiers up to each one: of text input, of that when none is written to a cache, and of output."""
 
     def __post_init__(self) -> None:
         """Refuse tiers among which no right one could be found."""
@@ -118,9 +118,10 @@ class Rates:
                 f"Rates(tiers=...) has the starts {starts!r}, so no cost can be told. Give at least one Tier, in ascending "
                 "order of start, the first with start=-1."
             )
-        inputs = [max(tier.input, tier.cache_read, tier.cache_write, tier.cache_write_1h) for tier in self.tiers]
+        read = [max(tier.input, tier.cache_read) for tier in self.tiers]
+        written = [max(tier.input, tier.cache_read, tier.cache_write, tier.cache_write_1h) for tier in self.tiers]
         outputs = [tier.output for tier in self.tiers]
-        dearest = zip(accumulate(inputs, max), accumulate(outputs, max), strict=True)
+        dearest = zip(*(accumulate(rates, max) for rates in (written, read, outputs)), strict=True)
         object.__setattr__(self, "_dearest", tuple(dearest))
 
     def cost(self, usage: Usage) -> int:
@@ -140,17 +141,20 @@ class Rates:
         tier = tiers[0] if len(tiers) == 1 else self._tier(usage.input_tokens)
         return usage.input_tokens * tier.input + usage.output_tokens * tier.output + self.per_request
 
-    def upper_bound(self, input_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
+    def upper_bound(self, input_tokens: int, output_tokens: int, *, audio: bool = False, writes_cache: bool = True) -> int:
         """Tell the most that a call with at most so many tokens can cost, in pico-USD.
 
         All tiers that the input can reach count, and the dearest of uncached, cached and cache-written input. Rates for
-        audio count only with ``audio=True``: they are many times those for text, and most calls carry none.
+        audio count only with ``audio=True``: they are many times those for text, and most calls carry none. Nothing is written to a
+        cache with ``writes_cache=False``.
         """
         tiers = self.tiers
         reached = 1
         while reached < len(tiers) and input_tokens > tiers[reached].start:
             reached += 1
-        dearest_input, dearest_output = self._dearest[reached - 1]
+        dearest_input, without_cache, dearest_output = self._dearest[reached - 1]
+        if not writes_cache:
+            dearest_input = without_cache
         if audio:
             dearest_input = max(dearest_input, *(tier.input_audio for tier in tiers[:reached]))
             dearest_output = max(dearest_output, *(tier.output_audio for tier in tiers[:reached]))

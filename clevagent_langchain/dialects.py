@@ -166,6 +166,14 @@ class AnthropicDialect(Dialect):
         """See :meth:`Dialect.model_name`."""
         return str(getattr(model, "model", ""))
 
+    def describe(self, model: BaseChatModel, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any]) -> LLMCall:
+        """See :meth:`Dialect.describe`. Anthropic keeps in its cache, at up to twice the price, only what is marked for it."""
+        call = super().describe(model, messages, kwargs)
+        own = (getattr(model, "model_kwargs", None), getattr(model, "extra_body", None))
+        contents = [message.content for message in messages if type(message.content) is not str]
+        call.writes_cache = requests.has_key((kwargs, own, contents), "cache_control")
+        return call
+
     def set_limit(self, model: BaseChatModel, kwargs: dict[str, Any], limit: int) -> dict[str, Any]:
         """See :meth:`Dialect.set_limit`."""
         sent = _without_limits(model, kwargs)

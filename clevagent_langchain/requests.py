@@ -111,6 +111,13 @@ def is_unbounded(params: Mapping[str, Any]) -> bool:
     return any(isinstance(tool, Mapping) and tool.get("type", "function") not in {"function", "custom"} for tool in tools)
 
 
+def has_key(value: object, key: str) -> bool:
+    """Tell whether ``key`` stands anywhere in a nesting of mappings and lists."""
+    if isinstance(value, Mapping):
+        return key in value or any(has_key(part, key) for part in value.values())
+    return isinstance(value, (list, tuple)) and any(has_key(part, key) for part in value)
+
+
 def wants_whole_answer(params: Mapping[str, Any]) -> bool:
     """Tell whether a cut answer would be of no use: structured output, or a tool that must be called."""
     if params.get("response_format") is not None or params.get("ls_structured_output_format") is not None:

@@ -173,8 +173,8 @@ class BudgetGuard:
         if not found.clamp_units:
             return None
         audio = call.audio or call.opaque
-        base = rates.upper_bound(tokens, 0, audio=audio) if rates is not None else 0
-        per_token = rates.upper_bound(tokens, 1, audio=audio) - base if rates is not None else 0
+        base = rates.upper_bound(tokens, 0, audio=audio, writes_cache=call.writes_cache) if rates is not None else 0
+        per_token = rates.upper_bound(tokens, 1, audio=audio, writes_cache=call.writes_cache) - base if rates is not None else 0
         least: int | None = None
         for line in found.lines:
             if not line.enforced or line.unit not in found.clamp_units:
@@ -278,7 +278,8 @@ def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int)
     # n answers share one prompt, which OpenAI bills once.
     answers = call.answers
     output = output_limit * answers
-    cost = rates.upper_bound(tokens, output, audio=call.audio or call.opaque) if rates is not None else 0
+    audio = call.audio or call.opaque
+    cost = rates.upper_bound(tokens, output, audio=audio, writes_cache=call.writes_cache) if rates is not None else 0
     return (cost, tokens + output, tokens, output, 1, 0)
 
 

@@ -233,8 +233,7 @@ def test_the_ceiling_holds_and_is_used(setting, call, aio):
     assert setting.utilisation() >= 0.9
     if setting.limit and call is sequential:
         assert setting.provider.request_count == FITS
-        # Anthropic bills what is written to its cache twice as dear, so the last answer of all is cut a little.
-        assert setting.utilisation() == 1 or setting.kind == "anthropic"
+        assert setting.utilisation() == 1
 
 
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
