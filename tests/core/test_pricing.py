@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -222,12 +223,20 @@ def test_a_named_service_tier_costs_what_genai_prices_computes(tier: str) -> Non
     which=st.sampled_from(MODELS),
     usage=usages(audio=True),
     audio=st.booleans(),
+    writes_cache=st.booleans(),
     more_in=st.integers(0, 300_000),
     more_out=st.integers(0, 300_000),
     tier=st.sampled_from([None, "auto", "flex", "priority", "batch", "never heard of"]),
 )
 def test_no_usage_within_the_bound_costs_more_than_the_bound(
-    *, which: tuple[Provider, ModelInfo], usage: Usage, audio: bool, more_in: int, more_out: int, tier: str | None
+    *,
+    which: tuple[Provider, ModelInfo],
+    usage: Usage,
+    audio: bool,
+    writes_cache: bool,
+    more_in: int,
+    more_out: int,
+    tier: str | None,
 ) -> None:
     """Whatever part of the input was cached, and whatever tier was reached."""
     rates = rates_of(which, service_tier=tier)
@@ -241,8 +250,11 @@ def test_no_usage_within_the_bound_costs_more_than_the_bound(
             cache_write_tokens=usage.cache_write_tokens,
             cache_write_1h_tokens=usage.cache_write_1h_tokens,
         )
-    bound = rates.upper_bound(usage.input_tokens + more_in, usage.output_tokens + more_out, audio=audio)
-    assert rates.cost(usage) <= bound
+    if not writes_cache:
+        usage = replace(usage, cache_write_tokens=0, cache_write_1h_tokens=0)
+    tokens = usage.input_tokens + more_in, usage.output_tokens + more_out
+    bound = rates.upper_bound(*tokens, audio=audio, writes_cache=writes_cache)
+    assert rates.cost(usage) <= bound <= rates.upper_bound(*tokens, audio=audio)
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
@@ -317,6 +329,7 @@ def test_audio_is_in_the_bound_only_when_asked_for() -> None:
     """Its rates are many times those for text."""
     rates = Rates(tiers=(tier(),))
     assert rates.upper_bound(10, 10) == 10 * 23 + 10 * 53
+    assert rates.upper_bound(10, 10, writes_cache=False) == 10 * 11 + 10 * 53
     assert rates.upper_bound(10, 10, audio=True) == 10 * 101 + 10 * 211
 
 
