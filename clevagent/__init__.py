@@ -13,6 +13,8 @@ Everything works without a server, an account or a key.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from clevagent._face import (
     guard,
     init,
@@ -37,7 +39,6 @@ from clevagent_core.errors import (
     Stopped,
     UsageError,
 )
-from clevagent_core.guards.loop import LoopGuard
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.pricing import Price
 from clevagent_core.runs import Run
@@ -45,6 +46,9 @@ from clevagent_core.summaries import BudgetState, Remaining, RunSummary, Spend
 from clevagent_core.tickets import Outcome, Ticket
 from clevagent_core.verdicts import Incident, Stop, Warn
 from clevagent_core.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from clevagent_core.guards.loop import LoopGuard
 
 __version__ = "0.1.0"
 
@@ -88,3 +92,12 @@ __all__ = [
     "shutdown",
     "tool_call",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the loop guard when it is named: it is an eighth of what importing all of this takes, and few programs name it."""
+    if name == "LoopGuard":
+        from clevagent_core.guards.loop import LoopGuard  # noqa: PLC0415 - as said
+
+        return LoopGuard
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

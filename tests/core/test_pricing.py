@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
