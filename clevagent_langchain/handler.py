@@ -66,6 +66,11 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         self._own = watchdog
         self._tracked: tuple[Watchdog | None, Tracker | None] = None, None
 
+    @property
+    def watchdog(self) -> Watchdog:
+        """Whom it asks: the watchdog that it was given, else the process's own, whichever that is now."""
+        return self._own or default.current()
+
     # -- model calls ------------------------------------------------------------------------------------------------------
 
     def on_chat_model_start(
@@ -80,7 +85,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
     ) -> None:
         """Ask before a chat model is called."""
         if metadata is not None and GUARDED in metadata:
-            watchdog = self._watchdog()
+            watchdog = self.watchdog
             branch = tracker_of(watchdog).branch(parent_run_id)
             # The model asks itself; it learns from here which root invocation it is a part of.
             root_run.set(branch.run if branch is not None else None)
@@ -186,7 +191,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         tracker = self._tracker()
         if tracker.branch(run_id) is not None:
             return  # another handler has noted it
-        watchdog = self._watchdog()
+        watchdog = self.watchdog
         parent = tracker.branch(parent_run_id)
         if parent is not None:
             tracker.start(run_id, parent, watchdog.current.get() or parent.run, is_root=False, tool=parent.tool)
@@ -209,9 +214,6 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         self._end_chain(run_id, error)
 
     # -- inside -----------------------------------------------------------------------------------------------------------
-
-    def _watchdog(self) -> Watchdog:
-        return self._own or default.current()
 
     def _tracker(self) -> Tracker:
         watchdog = self._own or default.current()
@@ -263,7 +265,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
 
     def _open(self, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
         tracker = self._tracker()
-        watchdog = self._watchdog()
+        watchdog = self.watchdog
         if not tracker.begin_ticket(run_id):
             return None
         if tracker.size() > _SWEEP:

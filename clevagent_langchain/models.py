@@ -212,6 +212,12 @@ def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
     return made
 
 
+def budgets_of(model: BaseChatModel) -> tuple[Budget, ...]:
+    """Give the budgets that a guarded model was given itself; none of a model that is not guarded."""
+    guard = _guard_of(model)
+    return guard.budgets if guard is not None else ()
+
+
 def _state(model: BaseChatModel) -> _Guard:
     guard = _guard_of(model)
     if guard is None:

@@ -6,10 +6,11 @@ that the same answer looks the same. Checked with langchain-core 1.0 and 1.7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.tools import ToolException
 
@@ -21,9 +22,11 @@ def answer_of(result: ChatResult | LLMResult) -> object:
         message = getattr(first, "message", None)
         if message is None:
             return getattr(first, "text", None)
-        calls = getattr(message, "tool_calls", None)
         text = _text(message.content)
-        return (text, [(call["name"], call["args"]) for call in calls]) if calls else text
+        if not isinstance(message, AIMessage) or not (message.tool_calls or message.invalid_tool_calls):
+            return text
+        calls: list[object] = [(call["name"], call["args"]) for call in message.tool_calls]
+        return text, calls + [(call["name"], call["args"]) for call in message.invalid_tool_calls]
     return None
 
 
@@ -32,7 +35,9 @@ def tool_result(output: object) -> tuple[object, Exception | None]:
     if isinstance(output, ToolMessage):
         error = ToolException(str(output.content)) if output.status == "error" else None
         return output.content, error
-    return (output.content if isinstance(output, BaseMessage) else output), None
+    if isinstance(output, list) and output and not isinstance(output[0], (str, dict)):
+        return [_told(part) for part in output], None
+    return _told(output), None
 
 
 class Said:
@@ -43,23 +48,38 @@ class Said:
     def __init__(self) -> None:
         """Nothing so far."""
         self._text: list[str] = []
-        self._calls: dict[object, list[str]] = {}
+        self._calls: dict[object, tuple[list[str], list[str]]] = {}
 
     def note(self, message: BaseMessage) -> None:
         """Take one chunk."""
         for call in getattr(message, "tool_call_chunks", None) or ():
-            name = call.get("name")
-            self._calls.setdefault(call.get("index"), []).append((f"{name} " if name else "") + (call.get("args") or ""))
+            index = call.get("index")
+            # Without an index each comes whole.
+            names, args = self._calls.setdefault(("whole", len(self._calls)) if index is None else index, ([], []))
+            names.append(call.get("name") or "")
+            args.append(call.get("args") or "")
         content = message.content
         if content:
             self._text.append(content if isinstance(content, str) else _text(content))
 
     def answer(self) -> object:
-        """Put it together; ``None`` where nothing was said."""
+        """Put it together, once the stream has ended."""
         text = "".join(self._text)
-        if self._calls:
-            return (text, ["".join(parts) for parts in self._calls.values()])
-        return text or None
+        if not self._calls:
+            return text
+        valid: list[object] = []
+        invalid: list[object] = []
+        for names, parts in self._calls.values():
+            name, written = "".join(names), "".join(parts)
+            try:
+                args = json.loads(written) if written else {}
+            except ValueError:
+                args = None
+            if isinstance(args, dict):
+                valid.append((name, args))
+            else:
+                invalid.append((name, written))
+        return text, valid + invalid
 
 
 def _text(content: str | Sequence[Any]) -> str:
@@ -67,3 +87,32 @@ def _text(content: str | Sequence[Any]) -> str:
         return content
     # Blocks: those of text carry it, those that ask for tools stand in the message's tool calls too.
     return "".join(block if isinstance(block, str) else str(block.get("text") or "") for block in content)
+
+
+def _told(output: object) -> object:
+    if output is None:
+        return "null"  # what an agent is told of it; None would mean that it is not known
+    if isinstance(output, BaseMessage):
+        return output.content
+    # LangGraph's, which needs not be installed.
+    if type(output).__name__ == "Command" and hasattr(output, "goto"):
+        return "goto", _goto(output.goto), _update(getattr(output, "update", None))
+    return output
+
+
+def _goto(goto: object) -> object:
+    """Name where a tool hands over to. What it sends along is the history so far, and its own message."""
+    if isinstance(goto, (list, tuple)):
+        return [_goto(part) for part in goto]
+    node = getattr(goto, "node", None)
+    return (node, _update(getattr(goto, "arg", None))) if node is not None else goto
+
+
+def _update(update: object) -> object:
+    """Of the messages that a tool writes the last one is its own: those before it may be the history, which grows."""
+    if not isinstance(update, Mapping):
+        return update
+    return {
+        key: value[-1].content if isinstance(value, list) and value and isinstance(value[-1], BaseMessage) else value
+        for key, value in update.items()
+    }

@@ -57,7 +57,7 @@ _LABELS: Final = frozenset(
     {
         "attempt", "attempts", "attemptnumber", "attemptno", "callid", "clientrequestid", "correlationid", "currentdate",
         "currentdatetime", "currenttime", "idempotencykey", "nonce", "now", "requestid", "retries", "retry", "retrycount",
-        "retrynumber", "seq", "seqno", "sequencenumber", "spanid", "timestamp", "timestampms", "toolcallid", "traceid",
+        "retrynumber", "seq", "seqno", "sequencenumber", "spanid", "timestamp", "timestampms", "toolcallid", "tooluseid", "traceid",
         "traceparent", "ts",
     }
 )  # fmt: skip
@@ -73,11 +73,24 @@ _LABELLED = re.compile(
 """The same in text: ``attempt 3``, ``?ts=1700000000``, ``Current time: 2026-01-31 10:15:07``."""
 _LABEL_WORDS: Final = ("attempt", "retry", "trace", "correlation", "nonce", "timestamp", "ts=", "current")
 """Without one of them there is nothing to look for: most texts have none, and this costs a twentieth."""
-_CALL_ID = re.compile(r"(?:(?:call|toolu|fc)_|chatcmpl-)(?=[A-Za-z]*\d)[A-Za-z0-9]{20,48}|(?:lc_)?run--?[0-9a-f-]{36}(?:-\d+)?")
-"""Ids that providers and frameworks make up for calls and messages: ``call_9Xb2...``, ``toolu_01A...``, ``run--7f31...``."""
+_CALL_ID = re.compile(
+    r"""(?: (?:call|toolu|fc)_ (?:vrtx_|bdrk_)? | chatcmpl- (?:tool-)? | tooluse_ ) (?=[A-Za-z_-]*\d) [A-Za-z0-9_-]{20,48}
+        | (?:lc_)?run--?[0-9a-f-]{36}(?:-\d+)? | lc_[0-9a-f-]{36}
+    """,
+    re.VERBOSE,
+)
+"""Ids that providers and frameworks make up for calls, messages and their blocks: ``call_9Xb2...``, ``toolu_01A...``,
+``run--7f31...``, ``lc_7f31...``."""
 _DETAIL = re.compile(r"\b[^\W\d]*+\d\w*(?:[-+.,:/]\w+)*")
 """Any word with a digit in it, and what is joined to it: numbers, dates, times, addresses, UUIDs, digests, ids of requests."""
 _DIGIT = re.compile(r"\d")
+
+_REFERS: Final = frozenset({"args", "arguments", "function", "input"})
+"""Keys of which one stands in each tool call that a model asked for, in whatever format."""
+_SHORT_ID: Final = 4
+"""No longer ids, as of models that count their calls, are the same in each round, and may stand for anything else."""
+_BLOCKS: Final = frozenset({"function_call", "message", "output_text", "reasoning", "text", "thinking", "tool_call", "tool_use"})
+"""Types of what a model wrote, whose ids the provider made up. A file's id is none of them: it stands for the file."""
 
 _Pair = tuple[int, int]
 
@@ -107,6 +120,14 @@ _NAMED: Final = (type, types.FunctionType, types.BuiltinFunctionType, types.Modu
 def arguments_of(value: object) -> tuple[int, int]:
     """Fingerprint what a call is given: exact, and without what labels or counts the request. Takes anything, never raises."""
     return _Arguments().fingerprint(value)
+
+
+def message_of(value: object) -> int:
+    """Give the shape of what a model is sent, or answers: as of arguments, and without the ids of its tool calls and blocks.
+
+    Providers make those up for each answer, in any form; the tool's result names the same id again. Takes anything, never raises.
+    """
+    return _Message().fingerprint(value)[1]
 
 
 def result_of(value: object, *, failed: bool = True) -> tuple[int, int]:
@@ -291,6 +312,27 @@ class _Arguments(_Walk):
     def _number(self, value: float) -> _Pair:
         number = _of_number(value)
         return number, number
+
+
+class _Message(_Arguments):
+    """Leaves out the ids of tool calls and blocks, too."""
+
+    __slots__ = ("_ids",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ids: set[str] = set()
+
+    def _mapping(self, value: dict[object, object], depth: int) -> _Pair:
+        made = dict.get(value, "id")
+        if type(made) is str and len(made) > _SHORT_ID:
+            kind = dict.get(value, "type")
+            if (type(kind) is str and kind in _BLOCKS) or any(name in _REFERS for name in dict.keys(value) if type(name) is str):
+                self._ids.add(made)
+        return super()._mapping(value, depth)
+
+    def _text(self, text: str, depth: int) -> _Pair:
+        return _OMITTED if text in self._ids else super()._text(text, depth)
 
 
 class _Result(_Walk):

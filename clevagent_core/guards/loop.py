@@ -9,13 +9,14 @@ instruction that is mapped over a thousand documents shows none.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from clevagent_core.calls import Call, LLMCall, Step
-from clevagent_core.guards.fingerprints import arguments_of, result_of
+from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
 from clevagent_core.guards.messages import as_told, loop_incident, ping_incident
 from clevagent_core.guards.repetition import Repetition, Sign
 from clevagent_core.hookspecs import hookimpl
@@ -35,7 +36,44 @@ PINGS_WITHIN_S = 30.0
 _MARKS = 512
 """For how many of the latest calls it is known when they ended and what the run had cost by then."""
 _CONVERSATIONS = 64
-"""How many conversations of a run are followed at once."""
+"""In how many nodes or threads the conversations of a run are followed at once."""
+_HEADS = 8
+"""How many heads of conversations are kept for each."""
+_TAIL = 64
+"""How many characters are compared before a long text is."""
+
+_lock = threading.RLock()
+"""Held for a microsecond or two after each call. One for all runs, as for tickets: after a fork it is made anew."""
+
+
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 - the parent may have held it
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Head(NamedTuple):
+    """How far a conversation had come: the history of its next call begins like this."""
+
+    length: int
+    """How many messages it had."""
+    mark: int
+    """The fingerprint of the last of them."""
+    size: int
+    """Where it was one text, how many characters it had: a scratchpad grows as a text."""
+    tail: int
+    """The fingerprint of that text's end, which is looked at first."""
+    number: int
+    """Which conversation of the run it is."""
+
+    def begins(self, items: Sequence[object], text: str | None) -> bool:
+        """Tell whether what is sent goes on from here."""
+        if text is None:
+            return self.length < len(items) and _mark(items[self.length - 1]) == self.mark
+        size = self.size
+        return 0 < size < len(text) and hash(text[max(0, size - _TAIL) : size]) == self.tail and hash(text[:size]) == self.mark
 
 
 class Mark(NamedTuple):
@@ -67,21 +105,35 @@ class _Stream:
 
 
 class _Watch:
-    """What the guard has seen of one run tree. The lock is held for some microseconds after each call."""
+    """What the guard has seen of one run tree."""
 
-    __slots__ = ("conversations", "forgiven", "found", "is_ping_told", "is_told", "llm", "lock", "ping", "pings", "stop", "tools")
+    __slots__ = (
+        "begun",
+        "conversations",
+        "forgiven",
+        "found",
+        "is_ping_told",
+        "is_told",
+        "llm",
+        "ping",
+        "pings",
+        "stop",
+        "tools",
+    )
 
     def __init__(self, forgiven: int) -> None:
-        self.lock = threading.RLock()
         self.forgiven = forgiven
-        self.conversations: dict[Hashable, tuple[int, int]] = {}
+        self.conversations: dict[Hashable, tuple[Head, ...]] = {}
+        """By model, node and thread; the latest first. Replaced whole: calls side by side may at most miss each other's."""
+        self.begun = 0
+        """How many conversations have begun."""
         self.tools, self.llm = _Stream(), _Stream()
         self.forget()
 
     def forget(self) -> None:
         self.tools.forget()
         self.llm.forget()
-        self.ping: Step | None = None
+        self.ping: Hashable = None
         self.is_ping_told = False
         self.pings: deque[float] = deque(maxlen=PINGS)
         self.stop: Stop | None = None
@@ -140,12 +192,13 @@ class LoopGuard:
         if watch is None:
             return None
         call.began = watch.stream(call).repetition.steps
+        watch.ping = None
         return None if watch.stop is None else self._answer(run, watch)
 
     @hookimpl
     def clevagent_call_settled(self, run: Run, call: Call, outcome: Outcome) -> None:
-        """Take note of what came back."""
-        if outcome.result is not None or outcome.error is not None:
+        """Take note of what came back, or of how it failed; what was cancelled tells nothing."""
+        if outcome.result is not None or isinstance(outcome.error, Exception):
             self._note(run, call, outcome)
 
     @hookimpl
@@ -162,16 +215,21 @@ class LoopGuard:
         watch = self._watch(run)
         if watch is None:
             return
+        # Not the step itself: what it holds may change, or refuse to be compared. Nor those of runs side by side as one.
+        ping = (run.run_id, step.name, arguments_of(step.detail)[0] if step.detail else None)
         now = run.watchdog.clock.monotonic()
-        with watch.lock:
-            if step != watch.ping:
-                watch.ping, watch.is_ping_told = step, False
+        told = None
+        with _lock:
+            if ping != watch.ping:
+                watch.ping, watch.is_ping_told = ping, False
                 watch.pings.clear()
             watch.pings.append(now)
             seconds = now - watch.pings[0]
             if len(watch.pings) == PINGS and seconds <= PINGS_WITHIN_S and not watch.is_ping_told and watch.stop is None:
                 watch.is_ping_told = True
-                self._found(run, watch, ping_incident(run, step, PINGS, seconds))
+                told = self._found(run, watch, ping_incident(run, step, PINGS, seconds))
+        if told is not None:
+            run.watchdog.tell(told)
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 
@@ -182,9 +240,10 @@ class LoopGuard:
         except KeyError:
             watch = self._new_watch(run)
         if watch is not None and watch.forgiven != run.root.forgiven:
-            with watch.lock:
-                watch.forgiven = run.root.forgiven
-                watch.forget()
+            with _lock:
+                if watch.forgiven != run.root.forgiven:
+                    watch.forgiven = run.root.forgiven
+                    watch.forget()
         return watch
 
     def _new_watch(self, run: Run) -> _Watch | None:
@@ -203,21 +262,23 @@ class LoopGuard:
         watch = self._watch(run)
         if watch is None:
             return
-        began = call.began
-        with watch.lock:
-            sign = self._sign(run, watch, call, outcome)
-            if sign is None:
-                return
-            watch.ping = None
-            stream = watch.stream(call)
-            repetition = stream.repetition
+        sign = self._sign(run, watch, call, outcome)
+        if sign is None:
+            return
+        stream = watch.stream(call)
+        repetition = stream.repetition
+        began, told = call.began, None
+        with _lock:
             finding = repetition.observe(sign, started=began if type(began) is int else repetition.steps)
             stream.marks.append(Mark(repetition.steps - 1, run.root.cost_pico, run.watchdog.clock.wall()))
             if finding is None:
                 stream.is_told = False
             elif not stream.is_told and watch.stop is None:
                 stream.is_told = True
-                self._found(run, watch, loop_incident(run, finding, stream.mark_of(finding.since - 1)))
+                told = self._found(run, watch, loop_incident(run, finding, stream.mark_of(finding.since - 1)))
+        if told is not None:
+            # Behind the lock: the user's log handlers may take their time.
+            run.watchdog.tell(told)
 
     def _sign(self, run: Run, watch: _Watch, call: Call, outcome: Outcome) -> Sign | None:
         """Make the fingerprints of a call."""
@@ -228,34 +289,38 @@ class LoopGuard:
             result, result_shape = result_of(came_back, failed=error is not None)
             return Sign(("tool", call.tool, call.node, call.thread_id), arguments, shape, result, result_shape, error is not None)
         what = ("model", call.model, call.node, call.thread_id)
-        new, goes_on = _new_input(watch.conversations, what, call.input)
-        if not goes_on and run.root is run.watchdog.process_run:
-            return None
+        new, conversation, goes_on = _new_input(watch, what, call.input)
         # Ids are made anew for each answer, so the shape counts; numbers are news in it.
-        shape = arguments_of(new)[1]
-        answer = arguments_of(came_back)[1] if error is None else result_of(error)[1]
+        shape = message_of(new)
+        if run.root is run.watchdog.process_run:
+            if not goes_on:
+                return None
+            # Many people may say the same in it, each in a conversation of their own.
+            shape = hash((shape, conversation))
+        answer = message_of(came_back) if error is None else result_of(error)[1]
         return Sign(what, shape, shape, answer, answer, error is not None)
 
-    def _found(self, run: Run, watch: _Watch, incident: Incident) -> None:
+    def _found(self, run: Run, watch: _Watch, incident: Incident) -> Incident | None:
+        """Settle what is done about a loop; give what is told of it now. A stop is told when it is first met."""
         if run.dry_run:
-            run.watchdog.tell(as_told(incident, "dry_run"))
-        elif self._on_loop == "warn":
-            run.watchdog.tell(as_told(incident, "warn"))
-        else:
-            watch.stop = Stop(incident=as_told(incident, "raise"))
-            watch.found = incident
-            watch.is_told = False
+            return as_told(incident, "dry_run")
+        if self._on_loop == "warn":
+            return as_told(incident, "warn")
+        watch.stop = Stop(incident=as_told(incident, "raise"))
+        watch.found = incident
+        watch.is_told = False
+        return None
 
     def _answer(self, run: Run, watch: _Watch) -> Stop | None:
         if run.dry_run or run.watchdog.wrapping_up.get():
             return None
-        with watch.lock:
+        with _lock:
             stop, found = watch.stop, watch.found
             if stop is None or found is None or watch.is_told:
                 return stop
             watch.is_told = True
         if callable(self._on_loop) and self._ask(self._on_loop, stop.incident):
-            with watch.lock:
+            with _lock:
                 watch.forget()
             run.watchdog.tell(as_told(found, "let_go"))
             return None
@@ -275,27 +340,32 @@ def _has_other(guard: LoopGuard, checks: Sequence[tuple[object, object]]) -> boo
     return any(isinstance(plugin, LoopGuard) and plugin is not guard for _, plugin in checks)
 
 
-def _new_input(conversations: dict[Hashable, tuple[int, int]], what: Hashable, items: Sequence[object]) -> tuple[object, bool]:
-    """Find what stands behind the history that was sent before, and whether there was one that this call goes on with.
+def _new_input(watch: _Watch, what: Hashable, items: Sequence[object]) -> tuple[object, int, bool]:
+    """Find what stands behind the history that was sent before, in which conversation, and whether the call goes on with one.
 
-    Of the history only its length and its last item are compared: what came before that was looked at when it was new.
+    Of the history only its length and its last item are compared: what came before that was looked at when it was new. Of one text
+    that grows, as a scratchpad does, all is compared.
     """
-    before = conversations.get(what)
-    if before is None and len(conversations) >= _CONVERSATIONS:
-        conversations.clear()
-    only = items[0] if len(items) == 1 else None
-    if isinstance(only, str):
-        # One text that grows: a scratchpad.
-        conversations[what] = (len(only), hash(only))
-        if before is not None and len(only) > before[0] and hash(only[: before[0]]) == before[1]:
-            return only[before[0] :], True
-        return only, False
     if not items:
-        return (), False
-    conversations[what] = (len(items), arguments_of(items[-1])[0])
-    if before is not None and len(items) > before[0] > 0 and arguments_of(items[before[0] - 1])[0] == before[1]:
-        return items[before[0] :], True
-    return items, False
+        return (), 0, False
+    heads = watch.conversations.get(what, ())
+    if not heads and len(watch.conversations) >= _CONVERSATIONS:
+        watch.conversations.clear()
+    text = items[0] if len(items) == 1 and isinstance(items[0], str) else None
+    # The latest first. A call that is made again, as after a failure, finds the head that it found before.
+    before = next((head for head in heads if head.begins(items, text)), None)
+    if before is None:
+        watch.begun += 1
+    number = watch.begun if before is None else before.number
+    head = Head(len(items), _mark(items[-1]), len(text or ""), hash((text or "")[-_TAIL:]), number)
+    watch.conversations[what] = (head, *[other for other in heads if other[:3] != head[:3]][: _HEADS - 1])
+    if before is None:
+        return items, number, False
+    return (items[before.length :] if text is None else text[before.size :]), number, True
+
+
+def _mark(item: object) -> int:
+    return hash(item) if type(item) is str else arguments_of(item)[0]
 
 
 def plugin() -> LoopGuard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from clevagent_core.budgets import UNITS, USD, Budget
@@ -109,10 +110,15 @@ def notice_incident(run: Run, notice: Notice) -> Incident:
 def loop_incident(run: Run, finding: Finding, begin: Mark) -> Incident:
     """Say what repeats, how often, since when, and what it has cost since. What was asked and answered is not told."""
     wall = run.watchdog.clock.wall()
-    cost = run.root.cost_pico - begin.cost_pico
+    # What a call was charged for lack of its usage may have been corrected since.
+    cost = max(0, run.root.cost_pico - begin.cost_pico)
+    last = finding.signs[-1]
+    is_model = _kind(last.what) == "model"
+    asked = "asked the same" if is_model else "called with the same arguments"
+    how = "failed in the same way" if last.failed else f"gave the same {'answer' if is_model else 'result'}"
     calls = [_name(sign.what) for sign in finding.signs]
     what = {
-        "same call and result": f"the {calls[0]} was called {finding.times} times with the same arguments, and gave the same result",
+        "same call and result": f"the {calls[0]} was {asked} {finding.times} times, and {how}",
         "same failure": f"the {calls[0]} failed {finding.times} times in the same words, whatever it was asked",
         "cycle": f"a round of {finding.period} calls ({', '.join(calls)}) came {finding.times} times with the same results",
     }.get(
@@ -139,9 +145,12 @@ def loop_incident(run: Run, finding: Finding, begin: Mark) -> Incident:
     )
 
 
+def _kind(what: Any) -> str:
+    return str(what[0])  # as the loop guard makes it
+
+
 def _name(what: Any) -> str:
-    kind, name, *_ = what  # as the loop guard makes it
-    return f"{kind} {name!r}"
+    return f"{_kind(what)} {what[1]!r}"
 
 
 def ping_incident(run: Run, ping: Step, times: int, seconds: float) -> Incident:
@@ -150,7 +159,7 @@ def ping_incident(run: Run, ping: Step, times: int, seconds: float) -> Incident:
     return Incident(
         kind="loop",
         message=(
-            f"The run repeats itself: the same ping ({ping.name!r}) came {times} times within {seconds:.0f} s, with no call between. "
+            f"The run repeats itself: the same ping ({ping.name!r}) came {times} times within {ceil(seconds)} s, with no call between. "
         ),
         agent=run.watchdog.settings.agent,
         run_id=run.run_id,

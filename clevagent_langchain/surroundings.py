@@ -1,0 +1,73 @@
+"""What is around a hook of the middleware, and what it puts around the calls that are made inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager
+from langchain_core.tracers.context import register_configure_hook
+from langgraph.config import get_config
+
+from clevagent_core.runs import Run
+from clevagent_core.watchdog import Watchdog
+from clevagent_langchain.handler import ClevAgentCallbackHandler
+from clevagent_langchain.tracker import tracker_of
+
+_CHECKPOINTER = "__pregel_checkpointer"
+"""Where LangGraph keeps the checkpointer of a graph that runs, its own or that of the graph around it."""
+
+
+class _ModelCalls(ClevAgentCallbackHandler):
+    """Sees the calls of models that are not guarded: those that tools make, and that other middleware puts in the model's place."""
+
+    ignore_agent = True  # so LangChain calls what tells of tools
+
+
+_seeing: ContextVar[BaseCallbackHandler | None] = ContextVar("clevagent_langchain_seeing", default=None)
+_registered: list[bool] = []
+
+
+def register() -> None:
+    """Let handlers be added by context: once in a process, and not on import, because LangChain's hooks cannot be taken off."""
+    if not _registered:
+        _registered.append(True)
+        register_configure_hook(_seeing, inheritable=True)
+
+
+@contextmanager
+def inside(run: Run, tool: str | None = None) -> Iterator[None]:
+    """Make ``run`` the current one, and ``tool`` the current tool, for every call that is made inside."""
+    watchdog = run.watchdog
+    outer_tool, outer_seeing = watchdog.tool.get(), _seeing.get()
+    with run.activate():
+        _seeing.set(_ModelCalls(watchdog=watchdog))
+        if tool is not None:
+            watchdog.tool.set(tool)
+        try:
+            yield
+        finally:
+            watchdog.tool.set(outer_tool)
+            _seeing.set(outer_seeing)
+
+
+def outer_run(watchdog: Watchdog) -> Run | None:
+    """Find the run around the agent: that of a block, else the one that a callback handler began for the root invocation."""
+    current = watchdog.current.get()
+    if current is not None:
+        return current
+    callbacks = get_config().get("callbacks")
+    branch = tracker_of(watchdog).branch(callbacks.parent_run_id if isinstance(callbacks, BaseCallbackManager) else None)
+    return branch.run if branch is not None else None
+
+
+def is_resumable() -> bool:
+    """Tell whether the graph that runs is saved, so that it can go on after an interrupt or an error."""
+    return bool(get_config().get("configurable", {}).get(_CHECKPOINTER))
+
+
+def agent_name() -> str | None:
+    """Find the name that was given to ``create_agent``."""
+    name = (get_config().get("metadata") or {}).get("lc_agent_name")
+    return name if isinstance(name, str) else None
