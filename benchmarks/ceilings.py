@@ -3,8 +3,8 @@
     python benchmarks/ceilings.py
 
 Prints what was billed and what was recorded, as shares of the ceiling, for each way in and each way of calling. The provider
-bills one token per byte and the whole output limit. Then the realistic rows: prompts billed by a tokenizer's ratio, answers that
-use a fifth of their limit, histories of 30 turns.
+bills one token per byte and the whole output limit. Then five processes on one file, also with one of them killed. Then the
+realistic rows: prompts billed by a tokenizer's ratio, answers that use a fifth of their limit, histories of 30 turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,7 +34,7 @@ import clevagent
 from benchmarks.results import Section, contribute
 from clevagent import Budget, BudgetExceeded
 from clevagent.integrations.langchain import ClevAgentCallbackHandler
-from clevagent.testing import LoopbackProvider
+from clevagent.testing import LoopbackProvider, Reply
 
 PROMPT = "x" * 200
 LIMIT = 100
@@ -39,10 +42,11 @@ ONE = 200 * 2_500_000 + LIMIT * 10_000_000
 """What one call is billed, in pico-USD: gpt-4o, $2.50 and $10 for a million tokens."""
 CEILING = 10 * ONE
 TRIES = 50
+PROCESSES = 5
 
 
-def chat(provider: LoopbackProvider, **settings: Any) -> ChatOpenAI:
-    return ChatOpenAI(model="gpt-4o", api_key="test", base_url=provider.openai_url, **settings)
+def chat(url: str, **settings: Any) -> ChatOpenAI:
+    return ChatOpenAI(model="gpt-4o", api_key="test", base_url=url, **settings)
 
 
 @contextmanager
@@ -98,11 +102,11 @@ class Ways:
 class Door(Ways):
     """The framework-free door, around requests of the plain SDK's kind."""
 
-    def __init__(self, provider: LoopbackProvider) -> None:
+    def __init__(self, url: str) -> None:
         import openai
 
-        self.client = openai.OpenAI(api_key="test", base_url=provider.openai_url, max_retries=0)
-        self.aclient = openai.AsyncOpenAI(api_key="test", base_url=provider.openai_url, max_retries=0)
+        self.client = openai.OpenAI(api_key="test", base_url=url, max_retries=0)
+        self.aclient = openai.AsyncOpenAI(api_key="test", base_url=url, max_retries=0)
         self.request: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": LIMIT}
 
     def call(self) -> object:
@@ -120,6 +124,16 @@ class Door(Ways):
     def broken(self) -> None:
         with clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=LIMIT):
             break_off(iter(self.client.chat.completions.create(**self.request, stream=True)))
+
+
+WAYS: dict[str, Callable[[str], Ways]] = {
+    "guard(model), limit set": lambda url: Ways(clevagent.guard(chat(url, max_tokens=LIMIT))),
+    "guard(model), no limit": lambda url: Ways(clevagent.guard(chat(url))),
+    "handler, limit set, max_retries=0": lambda url: Ways(
+        chat(url, max_tokens=LIMIT, max_retries=0), {"callbacks": [ClevAgentCallbackHandler()]}
+    ),
+    "llm_call(), no framework": Door,
+}
 
 
 def in_run(runner: asyncio.Runner, mode: str, ways: Ways) -> None:
@@ -143,20 +157,12 @@ def exact_rows(runner: asyncio.Runner) -> tuple[bool, Section]:
     print(f"{'':<36}" + "".join(f"{mode:>22}" for mode in modes))
     held, rows = True, []
     with LoopbackProvider() as provider:
-        for name, make in (
-            ("guard(model), limit set", lambda: Ways(clevagent.guard(chat(provider, max_tokens=LIMIT)))),
-            ("guard(model), no limit", lambda: Ways(clevagent.guard(chat(provider)))),
-            (
-                "handler, limit set, max_retries=0",
-                lambda: Ways(chat(provider, max_tokens=LIMIT, max_retries=0), {"callbacks": [ClevAgentCallbackHandler()]}),
-            ),
-            ("llm_call(), no framework", lambda: Door(provider)),
-        ):
+        for name, make in WAYS.items():
             cells = []
             for mode in modes:
                 provider.reset()
                 clevagent.shutdown()
-                ways = make()
+                ways = make(provider.openai_url)
                 with clevagent.run(budgets=[Budget(usd=Decimal(CEILING) / 10**12)]) as run:
                     in_run(runner, mode, ways)
                 billed, recorded = provider.billed_pico / CEILING, run.summary().total.cost_usd * 1e12 / CEILING
@@ -168,6 +174,65 @@ def exact_rows(runner: asyncio.Runner) -> tuple[bool, Section]:
     return held, Section(title="ClevAgent's ceilings, each way in", header=("", *modes), rows=rows, note=note)
 
 
+def worker(name: str, url: str, ledger: str) -> None:
+    """Be one of several processes on one ceiling: try the same number of calls as each of the others."""
+    logging.disable(logging.WARNING)
+    clevagent.init(ledger=ledger, budgets=[Budget(usd=Decimal(CEILING) / 10**12, per="lifetime")])
+    ways = WAYS[name](url)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(TRIES // PROCESSES):
+        attempt(ways.call)
+    clevagent.shutdown()
+
+
+def start(name: str, url: str, ledger: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__).resolve()), name, url, str(ledger)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def with_processes(name: str, provider: LoopbackProvider, *, kills: bool) -> None:
+    """Let five processes try; with ``kills``, one of them dies while its first call is under way, and another takes its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Path(folder) / "ledger.db"
+        if kills:
+            victim = start(name, provider.openai_url, ledger)
+            go(victim)
+            while not provider.request_count:
+                time.sleep(0.001)
+            victim.kill()
+            victim.communicate()
+        workers = [start(name, provider.openai_url, ledger) for _ in range(PROCESSES)]
+        for process in workers:
+            go(process)
+        for process in workers:
+            process.communicate()
+
+
+def process_rows() -> tuple[bool, Section]:
+    modes = ("5 processes", "5 processes, one more killed in a call")
+    print("\nThe same, one ceiling in a file: billed, as shares of it")
+    held, rows = True, []
+    for name in WAYS:
+        cells = []
+        for kills in (False, True):
+            with LoopbackProvider([Reply(delay_s=0.1)]) as provider:
+                with_processes(name, provider, kills=kills)
+            held = held and provider.billed_pico <= CEILING
+            cells.append(f"{provider.billed_pico / CEILING:.3f}")
+        rows.append((name, *cells))
+        print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+    note = "Processes share a ceiling for ten calls in a SQLite file; each tries ten. The killed one's call was billed, and told nobody."
+    return held, Section(title="One ceiling, several processes", header=("", *modes), rows=rows, note=note)
+
+
 def realistic_rows() -> tuple[bool, Section]:
     print("\nRealistic: 30-turn histories, answers of a fifth of their limit, guard(model); billed share of the ceiling")
     english = "The committee met on Tuesday to weigh the proposal, and nobody could say whether the figures still held. "
@@ -177,7 +242,7 @@ def realistic_rows() -> tuple[bool, Section]:
         for workers in (1, 8):
             with LoopbackProvider(tokens_per_byte=ratio, output_share=0.2) as provider:
                 clevagent.shutdown()
-                model = clevagent.guard(chat(provider, max_tokens=300))
+                model = clevagent.guard(chat(provider.openai_url, max_tokens=300))
                 ceiling = 0.12 * workers
 
                 def conversation(index: int, model: Any = model, text: str = text) -> None:
@@ -209,10 +274,17 @@ def main() -> int:
     logging.disable(logging.WARNING)
     with asyncio.Runner() as runner:
         held, exact = exact_rows(runner)
-    held_too, realistic = realistic_rows()
-    contribute("ceilings", [exact, realistic])
-    return 0 if held and held_too else 1
+    all_held, sections = [held], [exact]
+    for measure in (process_rows, realistic_rows):
+        held, section = measure()
+        all_held.append(held)
+        sections.append(section)
+    contribute("ceilings", sections)
+    return 0 if all(all_held) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) > 1:
+        worker(*sys.argv[1:])
+    else:
+        sys.exit(main())
