@@ -74,8 +74,8 @@ _LABELLED = re.compile(
 _LABEL_WORDS: Final = ("attempt", "retry", "trace", "correlation", "nonce", "timestamp", "ts=", "current")
 """Without one of them there is nothing to look for: most texts have none, and this costs a twentieth."""
 _CALL_ID = re.compile(
-    r"""(?: (?:call|toolu|fc)_ (?:vrtx_|bdrk_)? | chatcmpl- (?:tool-)? | tooluse_ ) (?=[A-Za-z_-]*\d) [A-Za-z0-9_-]{20,48}
-        | (?:lc_)?run--?[0-9a-f-]{36}(?:-\d+)? | lc_[0-9a-f-]{36}
+    r"""(?: (?:call|toolu|fc)_ (?:vrtx_|bdrk_)? | chatcmpl- (?:tool-)? ) (?=[A-Za-z]*\d) [A-Za-z0-9]{20,48}
+        | tooluse_ (?=[A-Za-z_-]*\d) [A-Za-z0-9_-]{22} | (?:lc_)?run--?[0-9a-f-]{36}(?:-\d+)? | lc_[0-9a-f-]{36}
     """,
     re.VERBOSE,
 )
@@ -237,11 +237,14 @@ class _Walk:
     def _sequence(self, value: Sequence[object], depth: int) -> _Pair:
         size = len(value)
         parts = value if size <= 2 * _ENDS else [*value[:_ENDS], *value[-_ENDS:]]
-        pairs = [self._any(part, depth + 1) for part in parts]
-        return (
-            _hash(("sequence", size, tuple([exact for exact, _ in pairs]))),
-            _hash(("sequence", size, tuple([shape for _, shape in pairs]))),
-        )
+        exact: list[int] = []
+        shape: list[int] = []
+        for part in parts:
+            first, second = self._any(part, depth + 1)
+            exact.append(first)
+            shape.append(second)
+        number = _hash(("sequence", size, tuple(exact)))
+        return number, number if exact == shape else _hash(("sequence", size, tuple(shape)))
 
     def _other(self, value: object, depth: int) -> _Pair:
         """Fingerprint what JSON does not know. One that cannot be read must not spoil what it lies in."""
@@ -307,7 +310,10 @@ class _Arguments(_Walk):
 
     def _scrubbed(self, text: str) -> str:
         lowered = text.lower()
-        return _LABELLED.sub(r"\1\2#", text) if any(word in lowered for word in _LABEL_WORDS) else text
+        for word in _LABEL_WORDS:
+            if word in lowered:
+                return _LABELLED.sub(r"\1\2#", text)
+        return text
 
     def _number(self, value: float) -> _Pair:
         number = _of_number(value)
@@ -358,6 +364,15 @@ class _Exact(_Walk):
     def _shape(self, text: str, exact: int) -> int:  # noqa: ARG002 - what the others look at
         return exact
 
+    def _mapping(self, value: dict[object, object], depth: int) -> _Pair:
+        items = list(dict.items(value))  # as above
+        size = len(items)
+        if size > 2 * _ENDS:
+            items = items[:_ENDS] + items[-_ENDS:]
+        parts = [(key if type(key) is str else self._any(key, depth + 1)[0], self._any(part, depth + 1)[0]) for key, part in items]
+        number = _hash(("mapping", size, frozenset(parts)))
+        return number, number
+
     def _number(self, value: float) -> _Pair:
         number = _of_number(value)
         return number, number
@@ -367,6 +382,8 @@ _OPENS: Final = frozenset("{[")
 _CLOSES: Final = frozenset("}]")
 
 
+_SMALL: Final = 1 << 53
+"""Below this each whole number is its own fingerprint."""
 _LONGEST_LABEL: Final = 24
 """No label is as long: longer keys are not asked for, so that the memo stays small."""
 
@@ -378,6 +395,8 @@ def _is_label(key: str) -> bool:
 
 def _of_number(value: float) -> int:
     """Give a number's fingerprint. Not its ``hash``: -1 and -2 have the same one, and NaN has a different one each time."""
+    if 0 <= value < _SMALL and value == int(value):
+        return int(value)  # most numbers; 1 and 1.0 are the same
     if isinstance(value, int) and not -(1 << 256) < value < 1 << 256:
         return _hash(("number", value.bit_length(), value))  # to write it out would take long, or be refused
     return _hash(("number", repr(value).removesuffix(".0")))

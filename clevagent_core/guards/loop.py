@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
 from clevagent_core.guards.messages import as_told, loop_incident, ping_incident
-from clevagent_core.guards.repetition import Repetition, Sign
+from clevagent_core.guards.repetition import SAME_FAILURE, Finding, Repetition, Sign
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.settings import OnLoop, check_on_loop
 from clevagent_core.verdicts import Incident, Stop
@@ -87,17 +87,33 @@ class Mark(NamedTuple):
 class _Stream:
     """The calls of one kind (tools, or models) of one run tree."""
 
-    __slots__ = ("is_told", "marks", "repetition")
+    __slots__ = ("are_failures_told", "is_told", "marks", "repetition")
 
     def __init__(self) -> None:
         self.repetition = Repetition()
         self.marks: deque[Mark] = deque(maxlen=_MARKS)
         self.is_told = False
         """Whether the loop that goes on was told; what is only warned of is told once, until something new comes."""
+        self.are_failures_told = False
+        """The same of failures in the same words: until none is counted, as those between in other words take back one each."""
 
     def forget(self) -> None:
         self.repetition.reset()
-        self.is_told = False
+        self.is_told = self.are_failures_told = False
+
+    def observe(self, sign: Sign, started: int) -> Finding | None:
+        """Take in a call; give a loop that is not told yet."""
+        finding = self.repetition.observe(sign, started=started)
+        if not self.repetition.failures:
+            self.are_failures_told = False
+        if finding is None:
+            self.is_told = False
+            return None
+        if finding.rule == SAME_FAILURE:
+            was_told, self.are_failures_told = self.are_failures_told, True
+        else:
+            was_told, self.is_told = self.is_told, True
+        return None if was_told else finding
 
     def mark_of(self, step: int) -> Mark:
         """Find what was known when the call ``step`` had ended, or as near to it as is still known."""
@@ -191,7 +207,12 @@ class LoopGuard:
         watch = self._watch(run)
         if watch is None:
             return None
-        call.began = watch.stream(call).repetition.steps
+        # By guard: several may watch one call, each with a count of its own.
+        steps = watch.stream(call).repetition.steps
+        if type(call.began) is dict:
+            call.began[self] = steps
+        else:
+            call.began = {self: steps}
         watch.ping = None
         return None if watch.stop is None else self._answer(run, watch)
 
@@ -262,19 +283,18 @@ class LoopGuard:
         watch = self._watch(run)
         if watch is None:
             return
+        # Taken away: a call that was charged for lack of news may be settled later, and is still one call.
+        started = call.began.pop(self, None) if type(call.began) is dict else None
+        if started is None:
+            return
         sign = self._sign(run, watch, call, outcome)
         if sign is None:
             return
-        stream = watch.stream(call)
-        repetition = stream.repetition
-        began, told = call.began, None
+        stream, told = watch.stream(call), None
         with _lock:
-            finding = repetition.observe(sign, started=began if type(began) is int else repetition.steps)
-            stream.marks.append(Mark(repetition.steps - 1, run.root.cost_pico, run.watchdog.clock.wall()))
-            if finding is None:
-                stream.is_told = False
-            elif not stream.is_told and watch.stop is None:
-                stream.is_told = True
+            finding = stream.observe(sign, started)
+            stream.marks.append(Mark(stream.repetition.steps - 1, run.root.cost_pico, run.watchdog.clock.wall()))
+            if finding is not None and watch.stop is None:
                 told = self._found(run, watch, loop_incident(run, finding, stream.mark_of(finding.since - 1)))
         if told is not None:
             # Behind the lock: the user's log handlers may take their time.
@@ -301,15 +321,16 @@ class LoopGuard:
         return Sign(what, shape, shape, answer, answer, error is not None)
 
     def _found(self, run: Run, watch: _Watch, incident: Incident) -> Incident | None:
-        """Settle what is done about a loop; give what is told of it now. A stop is told when it is first met."""
+        """Settle what is done about a loop; give what is told of it now: nothing, where a callable is to be asked first."""
         if run.dry_run:
             return as_told(incident, "dry_run")
         if self._on_loop == "warn":
             return as_told(incident, "warn")
         watch.stop = Stop(incident=as_told(incident, "raise"))
         watch.found = incident
-        watch.is_told = False
-        return None
+        # Told at once: a run that only pings would never meet the stop.
+        watch.is_told = self._on_loop == "raise"
+        return watch.stop.incident if watch.is_told else None
 
     def _answer(self, run: Run, watch: _Watch) -> Stop | None:
         if run.dry_run or run.watchdog.wrapping_up.get():
@@ -358,14 +379,20 @@ def _new_input(watch: _Watch, what: Hashable, items: Sequence[object]) -> tuple[
         watch.begun += 1
     number = watch.begun if before is None else before.number
     head = Head(len(items), _mark(items[-1]), len(text or ""), hash((text or "")[-_TAIL:]), number)
-    watch.conversations[what] = (head, *[other for other in heads if other[:3] != head[:3]][: _HEADS - 1])
+    watch.conversations[what] = (
+        head,
+        *[other for other in heads if other.mark != head.mark or other.length != head.length][: _HEADS - 1],
+    )
     if before is None:
         return items, number, False
     return (items[before.length :] if text is None else text[before.size :]), number, True
 
 
 def _mark(item: object) -> int:
-    return hash(item) if type(item) is str else arguments_of(item)[0]
+    kind = type(item)
+    if kind is str or (kind is tuple and all(type(part) is str for part in item)):  # type: ignore[attr-defined]  # a tuple
+        return hash(item)  # most messages, and most results of tools
+    return arguments_of(item)[0]
 
 
 def plugin() -> LoopGuard:

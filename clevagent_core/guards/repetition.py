@@ -40,6 +40,7 @@ _LONGEST = 8
 """The longest cycle, in calls, that is named as one; in longer ones the order is not told."""
 _RECENT = 3 * _LONGEST
 """How many of the last outcomes are kept to tell the length of a cycle."""
+SAME_FAILURE = "same failure"
 _TOOLS = 64
 """How many failing tools are told apart."""
 
@@ -189,6 +190,11 @@ class Repetition:
             return self._failed()
         return None
 
+    @property
+    def failures(self) -> int:
+        """How many failures in the same words are counted now."""
+        return self._failures
+
     def reset(self) -> None:
         """Forget what was observed; ``steps`` goes on counting."""
         self._calls.clear()
@@ -233,7 +239,7 @@ class Repetition:
 
     def _failed(self) -> Finding:
         signs = () if self._last_failure is None else (self._last_failure,)
-        return Finding(1, self._failures_told, self._failures_since, signs, "same failure")
+        return Finding(1, self._failures_told, self._failures_since, signs, SAME_FAILURE)
 
 
 def _period(keys: list[Hashable], row: int) -> int:
