@@ -200,7 +200,8 @@ class CalibratedBounds:
         if known is not None and known.input_tokens == usage.input_tokens and known.items is asked.items:
             return
         with self._lock:
-            key = _key(call.model, asked.items[:2])
+            # By the first two: the first is often a prompt that many conversations share.
+            key = key_of(call.model, asked.items[:2])
             self._known[key] = _Conversation(asked.items, asked.tools, usage.input_tokens)
             self._known.move_to_end(key)
             if len(self._known) > _CONVERSATIONS:
@@ -208,11 +209,11 @@ class CalibratedBounds:
 
     def _find(self, call: LLMCall) -> _Conversation | None:
         items = call.input
-        known = self._known.get(_key(call.model, items[:2]))
+        known = self._known.get(key_of(call.model, items[:2]))
         if known is not None and known.begins(call):
             return known
         if len(items) > 1:
-            known = self._known.get(_key(call.model, items[:1]))
+            known = self._known.get(key_of(call.model, items[:1]))
             if known is not None and known.begins(call):
                 return known
         return None
@@ -230,8 +231,8 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _key(model: str, first: Sequence[object]) -> int:
-    """Tell conversations apart by their first two messages (the first is often a prompt that many share). May collide."""
+def key_of(model: str, first: Sequence[object]) -> int:
+    """Tell messages to ``model`` apart by their texts, cheaply: the same objects cost nothing the second time. May collide."""
     if len(first) == 1 and type(first[0]) is str:
         return hash(model) ^ hash(first[0])
     key = hash(model)

@@ -96,7 +96,7 @@ class Budget:
             raise UsageError(
                 f"Budget(on_exceed={action!r}) is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."
             )
-        if iscoroutinefunction(action):
+        if is_async(action):
             raise UsageError(
                 f"Budget(on_exceed={action!r}) is an async function, and nothing would wait for it: calls are checked in sync code "
                 "too. Give a plain function; it may schedule what has to be awaited."
@@ -180,6 +180,11 @@ def window_at(per: Per, wall: float) -> Window:
         return Window(midnight.strftime("%Y-%m-%d"), (midnight + timedelta(days=1)).timestamp())
     first = midnight.replace(day=1)
     return Window(first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp())
+
+
+def is_async(action: object) -> bool:
+    """Tell whether calling ``action`` would give something that has to be awaited."""
+    return iscoroutinefunction(action) or iscoroutinefunction(getattr(action, "__call__", None))  # noqa: B004 - its type is asked for
 
 
 def as_budgets(value: object) -> tuple[Budget, ...]:

@@ -11,6 +11,10 @@ from clevagent_core.errors import UsageError
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
+_NOT_TOLD = object()
+_NOTHING = "null"
+"""What a tool gave back that gave back ``None``, as a framework would write it for a model."""
+
 
 class OpenLLMCall:
     """A model call that was let through: make it, then tell what it used."""
@@ -82,7 +86,7 @@ class OpenToolCall:
         """Made by ``tool_call`` only."""
         self._ticket = ticket
 
-    def settle(self, *, result: object = None, error: BaseException | None = None) -> None:
+    def settle(self, *, result: object = _NOT_TOLD, error: BaseException | None = None) -> None:
         """Tell that the tool has run. Only the first time counts; leaving the block tells it too, without a result.
 
         Args:
@@ -90,7 +94,9 @@ class OpenToolCall:
             error: what it failed with.
 
         """
-        self._ticket.settle(error=error, result=result)
+        # To the rest, None means that nobody has told.
+        told = None if result is _NOT_TOLD else _NOTHING if result is None else result
+        self._ticket.settle(error=error, result=told)
 
     def release(self) -> None:
         """Tell that the tool was not run after all."""

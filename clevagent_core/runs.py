@@ -85,6 +85,7 @@ class Run:
         self.forgiven = 0
         """How often ``forgive_loops`` was called on this run tree; kept on its root."""
         self._tally = Tally()
+        self._hooks: tuple[BoundHooks, BoundHooks, BoundHooks] | None = None
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
@@ -132,8 +133,13 @@ class Run:
 
     def hooks(self) -> BoundHooks:
         """The hot hooks in force for this run."""
-        hooks = self.watchdog.plugins.bound_hooks
-        return hooks if self.guards is None else hooks + self.guards
+        hooks, own = self.watchdog.plugins.bound_hooks, self.guards
+        if own is None:
+            return hooks
+        if self._hooks is None or self._hooks[0] is not hooks or self._hooks[1] is not own:
+            # Neither changes while calls are made, but for a plugin that is registered late.
+            self._hooks = hooks, own, hooks + own
+        return self._hooks[2]
 
     @property
     def is_used(self) -> bool:

@@ -8,10 +8,9 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from inspect import iscoroutinefunction
 from typing import Any, Literal, cast, get_args
 
-from clevagent_core.budgets import ACTION_NAMES, Budget, check_names
+from clevagent_core.budgets import ACTION_NAMES, Budget, check_names, is_async
 from clevagent_core.errors import UsageError
 from clevagent_core.pricing import Price
 from clevagent_core.verdicts import Incident
@@ -94,7 +93,7 @@ class Settings:
     """Plugins of your own, beside those that are installed. Not in the environment."""
     block: tuple[str, ...] = _setting((), _read_names)
     """Plugins to leave out, by the names that ``clevagent plugins`` lists; built-in ones too."""
-    on_loop: OnLoop = _setting("warn", str)
+    on_loop: OnLoop = _setting("warn", lambda text: check_on_loop(text, where="on_loop="))
     """What happens when a run repeats itself: ``warn`` tells; ``raise`` refuses every later call of the run with ``LoopDetected``; a
     callable gets the incident, and the run goes on if it returns ``"warn"``. ``alert_only`` and ``stop`` are accepted for the first
     two."""
@@ -222,7 +221,7 @@ def check_on_loop(on_loop: object, *, where: str) -> OnLoop:
             f"{where}{on_loop!r}{close} is no action, so nothing would happen when a run repeats itself. Use 'warn', 'raise', or a "
             "callable that gets the incident."
         )
-    if iscoroutinefunction(action):
+    if is_async(action):
         raise UsageError(
             f"{where}{on_loop!r}{close} is an async function, and nothing would wait for it: calls are checked in sync code too. Give "
             "a plain function; it may schedule what has to be awaited."

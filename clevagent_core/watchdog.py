@@ -76,6 +76,11 @@ class Watchdog:
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
+        if self.settings.on_loop != "warn" and "clevagent_core.guards.loop" in self.settings.block:
+            raise UsageError(
+                f"on_loop={self.settings.on_loop!r} is given, but the plugin that finds loops is blocked (clevagent_core.guards.loop), so "
+                "none would be stopped. Take it out of block=[...], or leave on_loop out."
+            )
         ledger = self.plugins.ledger(self.settings.ledger, self.clock, self.settings.agent)
         if ledger is None:
             blocked = ", ".join(self.settings.block)

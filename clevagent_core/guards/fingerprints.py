@@ -127,6 +127,11 @@ def message_of(value: object) -> int:
 
     Providers make those up for each answer, in any form; the tool's result names the same id again. Takes anything, never raises.
     """
+    if type(value) is str and len(value) <= _TEXT:
+        # Most answers, and what a user says: as below, without a walk.
+        collapsed = " ".join(value.split())
+        if " " in collapsed and collapsed[0] not in _OPENS and not _DIGIT.search(collapsed):
+            return _hash(collapsed)
     return _Message().fingerprint(value)[1]
 
 

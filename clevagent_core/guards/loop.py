@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from clevagent_core.bounds import key_of
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
 from clevagent_core.guards.messages import as_told, loop_incident, ping_incident
@@ -39,6 +40,8 @@ _CONVERSATIONS = 64
 """In how many nodes or threads the conversations of a run are followed at once."""
 _HEADS = 8
 """How many heads of conversations are kept for each."""
+_LOOKED_INTO = 4
+"""How many of the last messages are looked into where a history is not known from the call before."""
 _TAIL = 64
 """How many characters are compared before a long text is."""
 
@@ -310,11 +313,12 @@ class LoopGuard:
             return Sign(("tool", call.tool, call.node, call.thread_id), arguments, shape, result, result_shape, error is not None)
         what = ("model", call.model, call.node, call.thread_id)
         new, conversation, goes_on = _new_input(watch, what, call.input)
+        is_outside = run.root is run.watchdog.process_run
+        if is_outside and not goes_on:
+            return None
         # Ids are made anew for each answer, so the shape counts; numbers are news in it.
         shape = message_of(new)
-        if run.root is run.watchdog.process_run:
-            if not goes_on:
-                return None
+        if is_outside:
             # Many people may say the same in it, each in a conversation of their own.
             shape = hash((shape, conversation))
         answer = message_of(came_back) if error is None else result_of(error)[1]
@@ -374,7 +378,11 @@ def _new_input(watch: _Watch, what: Hashable, items: Sequence[object]) -> tuple[
         watch.conversations.clear()
     text = items[0] if len(items) == 1 and isinstance(items[0], str) else None
     # The latest first. A call that is made again, as after a failure, finds the head that it found before.
-    before = next((head for head in heads if head.begins(items, text)), None)
+    before = None
+    for known in heads:
+        if known.begins(items, text):
+            before = known
+            break
     if before is None:
         watch.begun += 1
     number = watch.begun if before is None else before.number
@@ -384,8 +392,17 @@ def _new_input(watch: _Watch, what: Hashable, items: Sequence[object]) -> tuple[
         *[other for other in heads if other.mark != head.mark or other.length != head.length][: _HEADS - 1],
     )
     if before is None:
-        return items, number, False
+        return _whole(items), number, False
     return (items[before.length :] if text is None else text[before.size :]), number, True
+
+
+def _whole(items: Sequence[object]) -> Sequence[object]:
+    """Give what stands for all of an input. Its history is not looked into, only told apart: it may be long, and cut or edited
+    before each call, so that no call goes on with the one before it.
+    """  # noqa: D205 - what it gives needs its reason
+    if len(items) <= _LOOKED_INTO:
+        return items
+    return (key_of("", items[:-_LOOKED_INTO]), *items[-_LOOKED_INTO:])
 
 
 def _mark(item: object) -> int:

@@ -24,7 +24,7 @@ def _show(balance: Balance) -> Callable[[int], str]:
     if balance.key.unit == USD:
         return format_usd
     unit = UNITS[balance.key.unit].replace("_", " ")
-    return lambda amount: f"{amount:,} {unit}"
+    return lambda amount: f"{amount:,} {unit.removesuffix('s') if amount == 1 else unit}"
 
 
 def _incident(run: Run, kind: str, message: str, action: str, balance: Balance, needed: int | None) -> Incident:

@@ -332,12 +332,27 @@ def test_a_dry_run_asks_no_callable(init):
 
 
 def test_blocked_the_guard_says_nothing(init):
-    watchdog = init(block=[BUILTIN], on_loop="raise")
+    watchdog = init(block=[BUILTIN])
     with clevagent.run():
         for _ in range(9):
             use()
             clevagent.ping()
     assert told(watchdog) == []
+
+
+def test_to_stop_loops_with_the_guard_blocked_is_a_mistake(init):
+    message = message_of(init, block=[BUILTIN], on_loop="raise")
+    assert "the plugin that finds loops is blocked" in message
+    assert "Take it out of block=[...]" in message
+
+
+def test_a_tool_that_gave_back_none_has_told_so(init):
+    init(on_loop="raise")
+    with clevagent.run() as run, pytest.raises(LoopDetected):
+        for _ in range(9):
+            with clevagent.tool_call("close_window") as call:
+                call.settle(result=None)
+    assert run.summary().tool_calls == 5
 
 
 # -- how it is set ----------------------------------------------------------------------------------------------------------
@@ -381,6 +396,14 @@ def test_an_async_callable_is_refused(init):
     assert message_of(LoopGuard, on_loop=decide).partition("> ")[0].partition("<")[0] == "LoopGuard(on_loop="
     assert "is an async function, and nothing would wait for it" in message_of(init, on_loop=decide)
     assert "is an async function" in message_of(init, on_loop=partial(decide))
+
+    class Decide:
+        async def __call__(self, incident):
+            return "warn"
+
+    assert "is an async function" in message_of(init, on_loop=Decide())
+    with pytest.raises(clevagent.UsageError, match="is an async function"):
+        clevagent.Budget(usd=1, on_exceed=Decide())
 
 
 def test_the_environment_sets_it(init, monkeypatch):
