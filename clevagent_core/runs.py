@@ -59,6 +59,7 @@ class Run:
     ) -> None:
         """Made by ``Watchdog.start_run``."""
         self.watchdog = watchdog
+        self._hooks: tuple[BoundHooks, BoundHooks, BoundHooks] | None = None
         self.guards: BoundHooks | None = parent.guards if parent is not None else None
         """The hooks of the guards of this run and of those around it, beside the watchdog's plugins."""
         if guards is not None:
@@ -85,7 +86,6 @@ class Run:
         self.forgiven = 0
         """How often ``forgive_loops`` was called on this run tree; kept on its root."""
         self._tally = Tally()
-        self._hooks: tuple[BoundHooks, BoundHooks, BoundHooks] | None = None
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
