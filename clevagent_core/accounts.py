@@ -141,7 +141,8 @@ def _open(
             keep=budget.keep if unit == USD else 0,
             warn_mark=int(ceiling * budget.warn_at),
             ends_at=window.ends_at,
-            is_of_run=is_own,
+            # In a forked child the run is its parent's, and goes on when the child has ended.
+            is_of_run=is_own and anchor.pid == os.getpid(),
         )
         if is_own:
             anchor.accounts[key] = account

@@ -253,7 +253,12 @@ class Run:
                 ticket.charge()
         if self.pid == os.getpid():  # else a copy in a forked child: the run goes on in its parent
             self.watchdog.ledger.forget(list(self.accounts.values()))
-        summary = self.summary()
+        try:
+            summary = self.summary()
+        except LedgerError:
+            # Leaving the block must not hide what the work came to. Whoever asks for the budgets is told then.
+            logger.exception("How the budgets of the run %s stand cannot be told.", self.run_id)
+            summary = summarize(self, self._tally, [])
         # A run around many short ones must not keep the accounts of each.
         for run in self.chain():
             if run is not self:
@@ -302,7 +307,7 @@ class Run:
                 release_all(reservations)
                 if not self.dry_run or isinstance(error, UsageError):
                     raise
-                answer = self._fault(plugin, error)
+                answer = Warn(incident=self._incident("ledger", f"{error} In this dry run the call went on all the same.", "dry_run"))
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)
@@ -327,24 +332,24 @@ class Run:
 
     def _fault(self, plugin: object, error: Exception) -> Stop | Warn:
         closed = bool(getattr(plugin, "fails_closed", False)) and not self.dry_run
-        incident = Incident(
-            kind="guard",
-            message=(
-                f"The guard {type(plugin).__name__} failed: {error!r}. "
-                + (
-                    "The call was refused before it was sent, because what this guard cannot check does not go out (fails_closed). "
-                    if closed
-                    else "The call went on without it. "
-                )
-                + "This is a bug of the guard: mend it, or leave it out with block=[...] (`clevagent plugins` lists the names)."
-            ),
-            agent=self.watchdog.settings.agent,
-            run_id=self.run_id,
-            at=self.watchdog.clock.wall(),
-            action="raise" if closed else "warn",
+        what = (
+            "The call was refused before it was sent, because what this guard cannot check does not go out (fails_closed)."
+            if closed
+            else "The call went on without it."
         )
+        message = (
+            f"The guard {type(plugin).__name__} failed: {error!r}. {what} This is a bug of the guard: mend it, or leave it out with "
+            "block=[...] (`clevagent plugins` lists the names)."
+        )
+        incident = self._incident("guard", message, "raise" if closed else "warn")
         logger.error("The guard %s failed.", type(plugin).__name__, exc_info=error)
         return Stop(incident=incident) if closed else Warn(incident=incident)
+
+    def _incident(self, kind: str, message: str, action: str) -> Incident:
+        watchdog = self.watchdog
+        return Incident(
+            kind=kind, message=message, agent=watchdog.settings.agent, run_id=self.run_id, at=watchdog.clock.wall(), action=action
+        )
 
     def _refused(self, stop: Stop) -> Stopped:
         for run in self.chain():

@@ -14,9 +14,9 @@ class Incident:
     """Something that is wrong, with the numbers it rests on. Plain data: it can be pickled and sent."""
 
     kind: str
-    """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``overshoot``, ``assumption``, ``guard`` (a guard
-    of ours or of a plugin failed), ``usage`` (a provider's report cannot be true), ``thread`` (nobody can tell whose a call is), or a
-    plugin's own word."""
+    """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``overshoot``, ``assumption``, ``loop``, ``guard`` (a guard
+    of ours or of a plugin failed), ``ledger`` (it cannot be used), ``usage`` (a provider's report cannot be true), ``thread``
+    (nobody can tell whose a call is), or a plugin's own word."""
     message: str
     """What happened, what it means and what to do, in sentences."""
     agent: str = ""

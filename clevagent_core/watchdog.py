@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ class Watchdog:
                 "Use ledger='memory' (the default) or ledger='sqlite:///path', and do not block their plugins; or give the plugin that knows it."
             )
         self.ledger: Ledger = ledger
-        self.process_run = Run(self, run_id="process")
+        # Its accounts are this process's own, also in a ledger that others share.
+        self.process_run = Run(self, run_id=f"process-{uuid.uuid4().hex[:12]}")
         """What is called outside every run belongs to this one."""
         _watchdogs.add(self)
         self.plugins.configure(self)

@@ -22,7 +22,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from clevagent_core.errors import LedgerError
@@ -40,10 +39,12 @@ Execute = Callable[..., sqlite3.Cursor]
 
 
 class Database:
-    """A connection of this process to one file, and the lock of its transactions. ``with database as execute:`` is one transaction.
+    """A connection of this process to one file, and the lock of its transactions. ``with database.transaction() as execute:`` is one.
 
     Safe from any thread. What fails is raised as ``LedgerError``, and nothing of the transaction is kept.
     """
+
+    _fd = -1
 
     def __init__(self, path: Path, migrations: tuple[str, ...]) -> None:
         """Open ``path``, make it if it does not exist, and bring it up to date.
@@ -52,83 +53,105 @@ class Database:
             LedgerError: it cannot be opened, is no ledger, or was made by a newer version.
 
         """
-        self.path = path
+        self.path = Path(os.path.realpath(path))
+        """Where the file is: the locks stand beside it, not beside a link to it."""
         self.lock = threading.RLock()
         """Held during every transaction. Reentrant, because the garbage collector may settle a call at any allocation."""
         self.is_inside = False
         """Whether a transaction is open: whoever then comes in on the same thread must not begin another."""
+        self.is_committed = False
+        """Whether the latest transaction was committed; what interrupts a thread can come just after it was."""
         self.identity: tuple[int, int] | None = None
         """Device and inode of the file that is open; another one means that it was deleted and made anew."""
         self._migrations = migrations
         self._connection: sqlite3.Connection | None = None
         self._execute: Execute
-        self._fd = -1
         self._commits = 0
+        self._later: list[Callable[[], object]] = []
         self._checkpointer = _Checkpointer(self)
         with self.lock:
             self._open()
-        _databases.add(self)
+        with _fork_lock:
+            _databases.add(self)
+
+    def __del__(self) -> None:
+        """Give the lock's descriptor back."""
+        if self._fd >= 0:
+            os.close(self._fd)
 
     # -- transactions -----------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Execute:
-        """Begin a transaction that writes; waits for its turn."""
-        self.lock.acquire()
-        try:
-            self._refuse_inside()
-            self._open()
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            try:
-                self._execute("BEGIN IMMEDIATE")
-            except sqlite3.Error as error:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-                raise explained(error, self.path) from error
-            except BaseException:
-                self._roll_back()
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-                raise
-            self.is_inside = True
-        except BaseException:
-            self.lock.release()
-            raise
-        return self._execute
+    @contextmanager
+    def transaction(self) -> Iterator[Execute]:
+        """Begin a transaction that writes, waiting for its turn. Commit it, or take everything back if something is raised.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Commit, or take everything back if something was raised."""
+        A generator, because a signal can interrupt an ``__exit__`` before its first line; a generator that was left behind is
+        closed all the same.
+        """
+        later: list[Callable[[], object]] = []
         try:
-            if error is None:
+            with self.lock:
+                self._refuse_inside()
+                is_begun = is_done = False
                 try:
+                    self.is_inside, self.is_committed = True, False
+                    self._open()
+                    fcntl.flock(self._fd, fcntl.LOCK_EX)
+                    self._execute("BEGIN IMMEDIATE")
+                    is_begun = True
+                    yield self._execute
+                    is_done = True
                     self._execute("COMMIT")
-                except BaseException as problem:
-                    self._roll_back()
-                    if isinstance(problem, sqlite3.Error):
-                        raise explained(problem, self.path) from problem
+                    self.is_committed = True
+                except BaseException as error:
+                    is_trouble = isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and not is_begun)
+                    # Interrupted just after the commit, there is nothing left to take back.
+                    is_taken_back = self._roll_back()
+                    self.is_committed = is_done and not is_trouble and not is_taken_back
+                    if is_trouble:
+                        raise explained(error, self.path) from error  # type: ignore[arg-type]  # what is_trouble says
                     raise
+                finally:
+                    self.is_inside = False
+                    try:  # noqa: SIM105 - nothing that a signal can interrupt
+                        fcntl.flock(self._fd, fcntl.LOCK_UN)
+                    except (OSError, ValueError):
+                        pass  # it could not be opened, or a fork has closed it
+                    later, self._later = self._later, later
                 self._commits += 1
                 if self._commits >= _CHECKPOINT_EVERY:
                     self._commits = 0
                     self._checkpointer.poke()
-            else:
-                self._roll_back()
-                if isinstance(error, sqlite3.Error):
-                    raise explained(error, self.path) from error
         finally:
-            self.is_inside = False
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-            self.lock.release()
+            for work in later:
+                work()
+
+    def after(self, work: Callable[[], object]) -> None:
+        """Do ``work`` (which must not raise) once the transaction is over in whose middle this thread is."""
+        self._later.append(work)
 
     def read(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Read outside of a transaction; inside one on the same thread, as it stands there."""
         with self.lock:
             if not self.is_inside:
                 self._open()
+            elif self._connection is None:
+                self._refuse_inside()
             try:
-                return self._execute(sql, parameters).fetchall()
+                # With a cursor of its own: the garbage collector may read while a statement of the transaction is running.
+                return self._connection.execute(sql, parameters).fetchall()  # type: ignore[union-attr]  # it is open
             except sqlite3.Error as error:
                 raise explained(error, self.path) from error
 
     def close(self) -> None:
         """Close the connection; the next transaction opens it again."""
+        with self.lock:
+            if self.is_inside:
+                self.after(self.close)
+                return
+            self._close()
+
+    def _close(self) -> None:
         with self.lock:
             connection, self._connection = self._connection, None
             if connection is not None:
@@ -142,9 +165,13 @@ class Database:
     # -- opening ----------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self._connection is not None and self._identity_now() == self.identity:
+        try:
+            found = self._identity_now()
+        except OSError as error:
+            raise explained(error, self.path) from error
+        if self._connection is not None and found == self.identity:
             return
-        if self.identity not in (None, self._identity_now()):
+        if self.identity not in (None, found):
             raise LedgerError(
                 f"The ledger {str(self.path)!r} was deleted or replaced while this process used it. Who starts now counts in another "
                 "file, so no ceiling would hold, and nothing was let through. Start this process anew; to begin from zero, use "
@@ -162,11 +189,19 @@ class Database:
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
         except (sqlite3.Error, OSError) as error:
-            self.close()
+            self._close()
             raise explained(error, self.path) from error
         except BaseException:
-            self.close()
+            self._close()
             raise
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the file that was open is not the one that is there now."""
+        try:
+            return self.identity not in (None, self._identity_now())
+        except OSError:
+            return False
 
     def _identity_now(self) -> tuple[int, int] | None:
         try:
@@ -182,14 +217,8 @@ class Database:
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        if version == 0 and application == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+        if version == 0:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        elif application != APPLICATION_ID:
-            raise LedgerError(
-                f"{str(self.path)!r} is a database of another program, not a ledger, so nothing was written to it. Give ledger= the "
-                "path of a file that ClevAgent may make."
-            )
         newest = len(self._migrations)
         if version > newest:
             raise LedgerError(
@@ -206,10 +235,19 @@ class Database:
                 "nothing was let through. Make calls elsewhere than there."
             )
 
-    def _roll_back(self) -> None:
+    def _unlock(self) -> None:
+        if self._fd >= 0:
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _roll_back(self) -> bool:
+        connection = self._connection
         # A statement that failed for want of disk space has rolled back already.
+        if connection is None or not connection.in_transaction:
+            return False
         with suppress(sqlite3.Error):
-            self._execute("ROLLBACK")
+            connection.execute("ROLLBACK")
+        return True
 
     # -- what is done beside transactions ---------------------------------------------------------------------------------
 
@@ -218,17 +256,17 @@ class Database:
         """Hold up every writer of the machine."""
         with self.lock:
             self._open()
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
                 yield
             finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                self._unlock()
 
     def before_fork(self) -> None:
         """Let no transaction and no connection cross the fork."""
         self._checkpointer.lock.acquire()
         self.lock.acquire()
-        self.close()
+        self._close()
 
     def after_fork_in_parent(self) -> None:
         """Go on; the next transaction connects again."""
@@ -239,7 +277,8 @@ class Database:
         """Start with fresh locks; the next transaction connects again."""
         self.lock = threading.RLock()
         self.is_inside = False
-        self.close()  # not closed before where a server forks without telling Python first
+        self._later.clear()
+        self._close()  # not closed before where a server forks without telling Python first
         self._checkpointer = _Checkpointer(self)
 
 
@@ -284,9 +323,11 @@ def _checkpoint(database: Database) -> None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection in autocommit mode, as this module drives it."""
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    """Open a connection in autocommit mode, as this module drives it; never makes the file."""
+    url = f"{path.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(url, timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
     try:
+        _refuse_other_program(path, connection)
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         _refuse_other_mode(path, mode)
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -295,6 +336,18 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _refuse_other_program(path: Path, connection: sqlite3.Connection) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application == APPLICATION_ID:
+        return
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application or version or connection.execute("SELECT 1 FROM sqlite_master").fetchall():
+        raise LedgerError(
+            f"{str(path)!r} is a database of another program, not a ledger, so nothing was written to it. Give ledger= the "
+            "path of a file that ClevAgent may make."
+        )
 
 
 def _refuse_other_mode(path: Path, mode: str) -> None:
@@ -334,22 +387,28 @@ def explained(error: Exception, path: Path) -> LedgerError:
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_forking: list[Database] = []
+_fork_lock = threading.RLock()
+"""Held during a fork: of two threads that fork at once, each must let go of what it took itself."""
+_forking: list[list[Database]] = []
 
 
 def _before_fork() -> None:
-    _forking[:] = list(_databases)
-    for database in _forking:
+    _fork_lock.acquire()
+    _forking.append([])
+    for database in list(_databases):
         database.before_fork()
+        _forking[-1].append(database)
 
 
 def _after_fork_in_parent() -> None:
-    for database in reversed(_forking):
+    for database in reversed(_forking.pop()):
         database.after_fork_in_parent()
-    _forking.clear()
+    _fork_lock.release()
 
 
 def _after_fork_in_child() -> None:
+    global _fork_lock  # noqa: PLW0603 - another thread of the parent may have waited for it
+    _fork_lock = threading.RLock()
     _forking.clear()
     for database in list(_databases):
         database.after_fork_in_child()

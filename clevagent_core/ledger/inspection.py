@@ -10,6 +10,10 @@ from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import AccountKey, Balance
 from clevagent_core.ledger.database import Database
 from clevagent_core.ledger.sqlite import MIGRATIONS, is_locked, owner_path
+from clevagent_core.money import MAX_PICO, PICO_PER_USD
+
+_LISTED = 10
+"""How many accounts an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +78,40 @@ class LedgerFile:
         )
         return [_owner(self._database.path, *row) for row in rows]
 
-    def top_up(self, record: AccountRecord, amount: int) -> None:
-        """Raise a ceiling by ``amount`` (in the account's unit) and open its latch."""
-        with self._database as execute:
-            execute("UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?", (amount, record.id))
+    def top_up(self, record: AccountRecord, amount: int) -> int:
+        """Raise a ceiling by ``amount`` (in the account's unit) and open its latch. Gives the new ceiling.
 
-    def reset(self, record: AccountRecord) -> None:
-        """Start an account from zero: nothing spent, nothing topped up, the latch open. What calls in flight hold stays held."""
-        with self._database as execute:
-            execute("UPDATE account SET spent = 0, ceiling = granted, latched = 0, told = 0, warned = 0 WHERE id = ?", (record.id,))
+        Raises:
+            UsageError: it would be more than a ledger can hold, or the account has ended meanwhile.
+
+        """
+        with self._database.transaction() as execute:
+            row = execute("SELECT ceiling FROM account WHERE id = ? AND over_at IS NULL", (record.id,)).fetchone()
+            if row is None:
+                raise UsageError(
+                    f"The run of the account {record.balance.key.key!r} has ended meanwhile, so there is nothing to top up any more. "
+                    "`clevagent ledger show` lists the accounts that are open."
+                )
+            ceiling = int(row[0]) + amount
+            if ceiling > MAX_PICO:
+                raise UsageError(
+                    f"The ceiling of {record.balance.key.budget!r} would be more than a ledger can hold (64 bits: "
+                    f"${MAX_PICO / PICO_PER_USD:,.0f}, or {MAX_PICO:,} tokens or calls), so nothing was changed. Give a smaller amount."
+                )
+            execute("UPDATE account SET ceiling = ?, latched = 0, told = 0, warned = 0 WHERE id = ?", (ceiling, record.id))
+        return ceiling
+
+    def reset(self, record: AccountRecord) -> bool:
+        """Start an account from zero: nothing spent, nothing topped up, the latch open. What calls in flight hold stays held.
+
+        Tells whether it was still open.
+        """
+        with self._database.transaction() as execute:
+            changed = execute(
+                "UPDATE account SET spent = 0, ceiling = granted, latched = 0, told = 0, warned = 0 WHERE id = ? AND over_at IS NULL",
+                (record.id,),
+            )
+            return bool(changed.rowcount)
 
 
 def choose(records: list[AccountRecord], budget: str, *, key: str | None, unit: str | None) -> list[AccountRecord]:
@@ -101,14 +130,26 @@ def choose(records: list[AccountRecord], budget: str, *, key: str | None, unit: 
         and unit in (None, UNITS[record.balance.key.unit])
     ]
     if not found:
-        named = sorted({repr(record.balance.key.budget) for record in open_now})
         what = f"{budget!r}" + (f" for {key!r}" if key else "") + (f" with a limit in {unit}" if unit else "")
         raise UsageError(
-            f"No open account of the budget {what} is in the ledger, so nothing was changed. "
-            + (f"There are: {', '.join(named)}." if named else "It has no open account at all.")
-            + " `clevagent ledger show` lists them with their keys."
+            f"No open account of the budget {what} is in the ledger, so nothing was changed. {_what_there_is(open_now, budget)}"
         )
     return found
+
+
+def listed(names: list[str]) -> str:
+    """Write names one after another, and of many only the first."""
+    return ", ".join(names[:_LISTED]) + (f", and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _what_there_is(open_now: list[AccountRecord], budget: str) -> str:
+    if not open_now:
+        return "It has no open account at all."
+    own = [record.balance.key for record in open_now if record.balance.key.budget == budget]
+    if own:
+        names = [f"{key.key!r} in {UNITS[key.unit]}" for key in own]
+        return f"It has: {listed(names)}."
+    return f"There are: {listed(sorted({repr(record.balance.key.budget) for record in open_now}))}."
 
 
 def _record(  # one row, in the order of the statement above

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,8 @@ _KEPT_S = 3600.0
 _EVICT_EVERY_S = 60.0
 _EVICT_AT_ONCE = 500
 """How many accounts are taken out in one transaction, so that nobody waits long for it."""
+_LATEST = 1024
+"""How many accounts a process remembers, besides those that its runs use."""
 _POLL_S = 0.02
 """How often a process that waits for money looks whether another one has changed the file."""
 _RETRY_S = 1.0
@@ -173,14 +176,17 @@ class SqliteLedger:
         self._clock = clock
         self._agent = agent
         self._accounts: WeakValueDictionary[AccountKey, SqliteAccount] = WeakValueDictionary()
+        self._latest: deque[Account] = deque(maxlen=_LATEST)
+        """Kept alive, so that a second ceiling is told whether or not anybody still has the account."""
         self._evict_at = clock.wall() + _EVICT_EVERY_S
         self._notices: list[Notice]
         """What closing holds has brought to light, and nobody was told yet."""
         self._owner: _Owner | None
         self._pid: int
+        self._is_closing: bool
         self._start_anew()
         _ledgers.add(self)
-        with self._database as execute:
+        with self._database.transaction() as execute:
             self._bury_dead(execute)
 
     # -- reservations -----------------------------------------------------------------------------------------------------
@@ -196,15 +202,17 @@ class SqliteLedger:
         latch: bool = True,
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
+        if max(amounts) > _MOST:
+            amounts = _at_most(amounts)
         hold = SqliteHold(lines, amounts, expires_at=expires_at, owner=owner)
         database = self._database
         with database.lock:
-            if self._closing:
+            if self._closing or self._over:
                 self._close_waiting()
             me = self._owner or self._enter()
             ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
             is_usual = not wrap_up and all(line.enforced and not line.account.closed for line in lines)
-            with database as execute:
+            with database.transaction() as execute:
                 if not (is_usual and execute(_reserve_sql(len(ids)), (*amounts, *ids)).rowcount == len(ids)):
                     if is_usual:
                         # Some of them were held; this one goes the long way.
@@ -263,7 +271,7 @@ class SqliteLedger:
             account = SqliteAccount(key, ceiling=ceiling, keep=keep, warn_mark=warn_mark, ends_at=ends_at)
             me = (self._owner or self._enter()).id if is_of_run else None
             ends = None if math.isinf(ends_at) else ends_at
-            with self._database as execute:
+            with self._database.transaction() as execute:
                 found = execute(_FIND, key).fetchone()
                 if found is None:
                     row = (*key, ceiling, ceiling, keep, warn_mark, self._clock.wall(), ends, me)
@@ -278,11 +286,13 @@ class SqliteLedger:
                         logger.warning("%s", _changed_message(account, granted))
                 self._load(execute, [account])
             self._accounts[key] = account
+            if not is_of_run:
+                self._latest.append(account)
             return account
 
     def top_up(self, account: Account, amount: int) -> Balance:
         """See :meth:`Ledger.top_up`."""
-        with self._database as execute:
+        with self._database.transaction() as execute:
             execute(_TOP_UP, (amount, account.id))  # type: ignore[attr-defined]  # open() gave it
             self._load(execute, [account])
             if account.closed:
@@ -299,34 +309,50 @@ class SqliteLedger:
             return balance_of(account)
 
     def forget(self, accounts: Sequence[Account]) -> None:
-        """See :meth:`Ledger.forget`. They stay in the file for an hour."""
+        """See :meth:`Ledger.forget`. They stay in the file for an hour.
+
+        Does not raise: what cannot be written now is written with the next transaction that succeeds.
+        """
         if not accounts:
             return
-        with self._database as execute:
+        with self._database.lock:
             for account in accounts:
                 if self._accounts.get(account.key) is account:
                     del self._accounts[account.key]
-                execute("UPDATE account SET over_at = ? WHERE id = ?", (self._clock.wall(), account.id))  # type: ignore[attr-defined]  # open() gave it
+                self._over.append((self._clock.wall(), account.id))  # type: ignore[attr-defined]  # open() gave it
+            self._catch_up()
 
     def evict(self, wall: float) -> int:
         """See :meth:`Ledger.evict`. Looks once a minute, and also for owners that have died."""
         if wall < self._evict_at:
             return 0
         self._evict_at = wall + _EVICT_EVERY_S
-        with self._database as execute:
+        with self._database.transaction() as execute:
             self._bury_dead(execute)
-            return execute(_EVICT, (wall - _KEPT_S, wall - self.kept_s, wall - self.kept_s, _EVICT_AT_ONCE)).rowcount
+            gone = int(execute(_EVICT, (wall - _KEPT_S, wall - self.kept_s, wall - self.kept_s, _EVICT_AT_ONCE)).rowcount)
+        if gone == _EVICT_AT_ONCE:
+            self._evict_at = wall  # there are more
+        return gone
 
     def close(self) -> None:
-        """See :meth:`Ledger.close`."""
+        """See :meth:`Ledger.close`. In the middle of a transaction, from a signal handler, it is done at its end.
+
+        Does not raise: what cannot be written now is charged by whoever uses the file next.
+        """
         with self._database.lock:
-            for hold in self.holds():
-                self.charge(hold)
-            self._close_waiting()
-            if self._owner is not None:
-                with self._database as execute:
-                    self._bury(execute, self._owner.id)
-                self._leave()
+            if self._database.is_inside:
+                self._database.after(self.close)
+                return
+            try:
+                for hold in self.holds():
+                    self.charge(hold)
+                self._close_waiting()
+                if self._owner is not None:
+                    with self._database.transaction() as execute:
+                        self._bury(execute, self._owner.id)
+            except LedgerError as error:
+                logger.warning("%s What this process still held is charged by the next one that uses the ledger.", error)
+            self._leave()
             self._database.close()
 
     # -- inside: holds ----------------------------------------------------------------------------------------------------
@@ -361,26 +387,58 @@ class SqliteLedger:
             if not isinstance(hold, SqliteHold) or hold.pid != self._pid or hold.state == "settled":
                 return []
             self._holds.pop(hold, None)
+            if max(amounts) > _MOST:
+                amounts = _at_most(amounts)
             self._closing.append(_Closing(hold, hold.state, hold.charged, amounts))
             hold.state, hold.charged = state, None if state == "released" else amounts
             if self._database.is_inside:
-                return []  # the garbage collector's, in the middle of a transaction, whose end takes care of it
+                # The garbage collector's, in the middle of a transaction, whose end takes care of it.
+                self._database.after(self._catch_up)
+                return []
             self._close_waiting()
             notices, self._notices = self._notices, []
         self.changes.notify()
         return notices
 
+    def _catch_up(self) -> None:
+        """Write what waits to be written. What cannot be written now stays in line."""
+        if self._database.is_inside:
+            self._database.after(self._catch_up)
+            return
+        with suppress(LedgerError):  # whoever needs the ledger next is told
+            with self._database.lock:
+                self._close_waiting()
+            self.changes.notify()
+
     def _close_waiting(self) -> None:
         """Close every hold that is to be closed; those that cannot be now stay in line."""
-        while self._closing:
-            waiting = list(self._closing)
-            notices = []
-            with self._database as execute:
-                for closing in waiting:
-                    notices += self._close_one(execute, closing)
-            self._notices += notices
-            for _ in waiting:
-                self._closing.popleft()
+        # Where it is closing already, further out on the same thread, that goes on until nothing waits.
+        while (self._closing or self._over) and not self._is_closing:
+            try:
+                self._is_closing = True
+                self._close_all(list(self._closing), list(self._over))
+            finally:
+                self._is_closing = False
+
+    def _close_all(self, closing: list[_Closing], over: list[tuple[float, int]]) -> None:
+        notices = []
+        taken = 0
+        try:
+            with self._database.transaction() as execute:
+                for one in closing:
+                    notices += self._close_one(execute, one)
+                for wall_and_id in over:
+                    execute("UPDATE account SET over_at = ? WHERE id = ?", wall_and_id)
+                # Before the commit: were a thread interrupted just after it, all would be counted twice.
+                for _ in closing:
+                    self._closing.popleft()
+                    taken += 1
+        except BaseException:
+            if not self._database.is_committed:
+                self._closing.extendleft(reversed(closing[:taken]))
+            raise
+        del self._over[: len(over)]
+        self._notices += notices
 
     def _close_one(self, execute: Execute, closing: _Closing) -> list[Notice]:
         hold, amounts = closing.hold, closing.amounts
@@ -390,6 +448,8 @@ class SqliteLedger:
         if closing.was != "open":
             held = _ZERO
         elif execute("DELETE FROM hold WHERE id = ?", (hold.id,)).rowcount == 0:
+            if execute("SELECT 1 FROM owner WHERE id = ?", (hold.owner_id,)).fetchall():
+                return []  # closed already, by a thread that was interrupted before it could note that
             # Somebody took this process for dead, and charged what it held.
             held, before = _ZERO, hold.amounts
             if self._owner is not None and self._owner.id == hold.owner_id:
@@ -432,25 +492,36 @@ class SqliteLedger:
 
     def _enter(self) -> _Owner:
         """Make this process known in the file."""
-        with self._database as execute:
-            id_ = int(execute(_INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
-            # Locked before anybody can see it: an owner without a locked file is dead.
-            path = owner_path(self._database.path, id_)
-            try:
-                lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        lock_fd = -1
+        path = self._database.path
+        try:
+            with self._database.transaction() as execute:
+                while lock_fd < 0:
+                    id_ = int(execute(_INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
+                    path = owner_path(self._database.path, id_)
+                    # Locked before anybody can see it: an owner without a locked file is dead.
+                    lock_fd = _lock_file(path)
+                    if lock_fd < 0:
+                        # A process's that used a file of this name before this one was made.
+                        execute("DELETE FROM owner WHERE id = ?", (id_,))
+        except BaseException as error:
+            if lock_fd >= 0 and not self._database.is_committed:
+                path.unlink(missing_ok=True)
+                os.close(lock_fd)
+            if isinstance(error, OSError):
                 raise LedgerError(
                     f"The ledger {str(self._database.path)!r} could not be used: the file {str(path)!r}, by whose lock other processes "
                     f"see that this one is alive, cannot be made ({error}). Nothing was let through. Make the folder writable."
                 ) from error
+            raise
         self._owner = _Owner(id_, lock_fd)
         return self._owner
 
     def _leave(self) -> None:
         me, self._owner = self._owner, None
         if me is not None:
-            owner_path(self._database.path, me.id).unlink(missing_ok=True)
+            with suppress(OSError):  # without its lock the file says nothing
+                owner_path(self._database.path, me.id).unlink(missing_ok=True)
             os.close(me.lock_fd)
 
     def _bury_dead(self, execute: Execute) -> int:
@@ -462,7 +533,8 @@ class SqliteLedger:
             if is_locked(path):
                 continue
             calls, pico = self._bury(execute, id_)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             charged += calls
             if calls:
                 logger.warning(
@@ -473,12 +545,15 @@ class SqliteLedger:
                     calls,
                     f": {format_usd(pico)}" if pico else "",
                 )
+        # Of processes that were taken for dead, and went on: what they settle corrects it, and if they die nobody else would.
+        for (id_,) in execute("SELECT DISTINCT owner FROM hold WHERE owner NOT IN (SELECT id FROM owner)").fetchall():
+            charged += self._bury(execute, id_)[0]
         return charged
 
     def _bury(self, execute: Execute, owner: int) -> tuple[int, int]:
         holds = execute(f"SELECT accounts, {', '.join(UNITS)} FROM hold WHERE owner = ?", (owner,)).fetchall()
         for accounts, *amounts in holds:
-            ids = [int(number) for number in accounts.split(",")]
+            ids = [int(number) for number in accounts.split(",") if number]
             execute(_settle_sql(len(ids)), (*amounts, *amounts, *ids))
         execute("DELETE FROM hold WHERE owner = ?", (owner,))
         execute("UPDATE account SET over_at = ? WHERE owner = ? AND over_at IS NULL", (self._clock.wall(), owner))
@@ -491,6 +566,8 @@ class SqliteLedger:
         self.changes: Changes = _PolledChanges(self._database)
         self._holds: dict[SqliteHold, None] = {}
         self._closing: deque[_Closing] = deque()
+        self._over: list[tuple[float, int]] = []
+        self._is_closing = False
         self._notices = []
         self._pid = os.getpid()
         self._owner = None
@@ -504,6 +581,8 @@ class SqliteLedger:
 
 
 _ZERO: Amounts = (0, 0, 0, 0, 0, 0)
+_MOST = 2**63 - 1
+"""What a provider that is broken may report at most: SQLite's integers end there, and so do budgets."""
 _AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1}" for unit in range(len(UNITS))) + " END"
 _SPENT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1 + len(UNITS)}" for unit in range(len(UNITS))) + " END"
 _FIND = "SELECT id, granted, keep, owner FROM account WHERE budget = ? AND unit = ? AND key = ? AND window = ? AND over_at IS NULL"
@@ -535,8 +614,12 @@ def _reserve_sql(count: int) -> str:
 
 @cache
 def _settle_sql(count: int) -> str:
+    # Not below zero, where an operator has reset the account meanwhile.
     # Not with RETURNING, which takes four times as long as a second statement that reads.
-    return f"UPDATE account SET held = held - {_AMOUNT}, spent = spent + {_SPENT} WHERE id IN ({_places(count, 2 * len(UNITS))})"
+    return (
+        f"UPDATE account SET held = held - {_AMOUNT}, spent = max(0, min(spent + {_SPENT}, {_MOST})) "
+        f"WHERE id IN ({_places(count, 2 * len(UNITS))})"
+    )
 
 
 @cache
@@ -548,15 +631,38 @@ def _places(count: int, after: int) -> str:
     return ", ".join(f"?{after + number}" for number in range(1, count + 1))
 
 
+def _at_most(amounts: Amounts) -> Amounts:
+    usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls = (min(amount, _MOST) for amount in amounts)
+    return usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls
+
+
 def owner_path(path: Path, owner: int) -> Path:
+    """Name the file by whose lock an owner is seen to be alive."""
     return path.with_name(f"{path.name}-owner-{owner}")
 
 
+def _lock_file(path: Path) -> int:
+    """Make a file and lock it for good; -1 where another process has."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return -1
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def is_locked(path: Path) -> bool:
+    """Tell whether some process holds the lock of a file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
+    except OSError:
+        return True  # nobody can tell
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -585,7 +691,7 @@ def _database(path: Path) -> Database:
     with _databases_lock:
         name = os.path.realpath(path)
         found = _databases.get(name)
-        if found is None:
+        if found is None or found.is_replaced:
             found = _databases[name] = Database(Path(name), MIGRATIONS)
         return found
 
@@ -619,7 +725,8 @@ class SqliteLedgerProvider:
     @hookimpl
     def clevagent_ledger(self, url: str, clock: Clock, agent: str) -> Ledger | None:
         """Answer for paths, and for URLs that begin with ``sqlite:``."""
-        if url.startswith("sqlite:") and not url.removeprefix("sqlite:///").strip("/:"):
+        name = url.removeprefix("sqlite:///")
+        if url.startswith("sqlite:") and (name == url or not name.strip("/:") or ":memory:" in name):
             raise UsageError(
                 f"ledger={url!r} names no file, so nothing could be shared or kept. Write sqlite:///ledger.db (in the working "
                 "directory), sqlite:////var/lib/ledger.db (absolute), or the path itself; for accounts in memory, ledger='memory'."

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
 from clevagent_core.clock import utc
 from clevagent_core.errors import BudgetBusy, BudgetExceeded
+from clevagent_core.ledger import sqlite
+from clevagent_core.ledger.sqlite import SqliteLedger
 from clevagent_core.money import to_pico
 from clevagent_core.pricing import Price
 from clevagent_core.runs import Run
@@ -128,11 +132,21 @@ SHARE = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
 class CeilingsMachine(RuleBasedStateMachine):
     """An agent that does anything, a provider that bills anything up to what the request allows, and a calendar."""
 
+    def __init__(self, ledger: str = "memory") -> None:
+        super().__init__()
+        self.ledger = ledger
+
     @initialize(given_budgets=budgets("agent"))
     def begin(self, given_budgets: list[Budget]) -> None:
         self.clock = FakeClock()
         self.watchdog = Watchdog(
-            clock=self.clock, prices=PRICES, budgets=given_budgets, wait_s=0, hold_s=1e9, assume_output_tokens=ASSUMED
+            clock=self.clock,
+            ledger=self.ledger,
+            prices=PRICES,
+            budgets=given_budgets,
+            wait_s=0,
+            hold_s=1e9,
+            assume_output_tokens=ASSUMED,
         )
         self.runs: list[Run] = [self.watchdog.process_run]
         self.sent: list[Sent] = []
@@ -488,17 +502,34 @@ def chain(run: Run) -> Iterator[Run]:
         current = current.parent
 
 
-def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
+def _check_ceilings(examples: int, make_ledger: Callable[[], str]) -> None:
     run_state_machine_as_test(
-        CeilingsMachine,
+        lambda: CeilingsMachine(make_ledger()),
         settings=settings(
-            max_examples=150,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
+    _check_ceilings(150, lambda: "memory")
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_no_ceiling_is_passed_in_a_file_whatever_an_agent_does(
+    examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example has a file of its own: what it spends is not the next one's."""
+    # None is taken out: a summary tells an idle account as it was when it was, and a run that goes on an hour after its end
+    # begins at zero.
+    monkeypatch.setattr(SqliteLedger, "kept_s", 1e12)
+    monkeypatch.setattr(sqlite, "_KEPT_S", 1e12)
+    number = count()
+    _check_ceilings(examples, lambda: str(tmp_path / f"ledger-{next(number)}.db"))
 
 
 # -- one promise at a time ------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import contextlib
 import math
 import multiprocessing
 import random
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +23,27 @@ from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import BudgetExceeded, UsageError
 from clevagent_core.ledger.account import Account, AccountKey, Hold, Ledger, Line, Refusal, StaleAccount
 from clevagent_core.ledger.memory import MemoryLedger
+from clevagent_core.ledger.sqlite import SqliteLedger
 from clevagent_core.pricing import Price
 from clevagent_core.watchdog import Watchdog
 
-LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": MemoryLedger}
+
+def _make_sqlite() -> Ledger:
+    _folders.append(Path(tempfile.mkdtemp(prefix="clevagent-ledger-")))
+    return SqliteLedger(_folders[-1] / "ledger.db", FakeClock())
+
+
+_folders: list[Path] = []
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    while _folders:
+        shutil.rmtree(_folders.pop())
+
+
+LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": MemoryLedger, "sqlite": _make_sqlite}
 THREADS = 8
 ROUNDS = 1000
 PRICES = {"m": Price(input=1, output=2)}
