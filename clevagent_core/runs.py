@@ -307,7 +307,9 @@ class Run:
                 release_all(reservations)
                 if not self.dry_run or isinstance(error, UsageError):
                     raise
-                answer = Warn(incident=self._incident("ledger", f"{error} In this dry run the call went on all the same.", "dry_run"))
+                answer = Warn(
+                    incident=self._incident("ledger", f"{error} In this dry run the call went on all the same.", "dry_run")
+                )
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)

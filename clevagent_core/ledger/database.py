@@ -367,7 +367,7 @@ _REASONS = {
     "SQLITE_READONLY": ("it cannot be written", "Make the file and its folder writable for this user, or give another path"),
     "SQLITE_CANTOPEN": (
         "it cannot be opened",
-        "Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db",
+        "Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db",
     ),
     "SQLITE_CORRUPT": ("it is damaged", "Keep a copy, put a backup in its place, or delete it: all totals then start from zero"),
     "SQLITE_NOTADB": ("it is no SQLite database", "Give the path of a ledger, or of a file that does not exist yet"),

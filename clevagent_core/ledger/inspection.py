@@ -9,7 +9,8 @@ from clevagent_core.budgets import UNITS
 from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import AccountKey, Balance
 from clevagent_core.ledger.database import Database
-from clevagent_core.ledger.sqlite import MIGRATIONS, is_locked, owner_path
+from clevagent_core.ledger.owners import is_locked, owner_path
+from clevagent_core.ledger.statements import MIGRATIONS
 from clevagent_core.money import MAX_PICO, PICO_PER_USD
 
 _LISTED = 10

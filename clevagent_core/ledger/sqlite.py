@@ -8,7 +8,6 @@ that are dead, and charges what they held: it may have been sent, and nobody can
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -44,34 +42,24 @@ from clevagent_core.ledger.account import (
     spending_notices,
 )
 from clevagent_core.ledger.database import Database, Execute
+from clevagent_core.ledger.owners import is_locked, lock_file, owner_path
+from clevagent_core.ledger.statements import (
+    CHANGE_CEILING,
+    EVICT,
+    FIND,
+    INSERT_ACCOUNT,
+    INSERT_HOLD,
+    INSERT_OWNER,
+    MIGRATIONS,
+    MOST,
+    TOP_UP,
+    reserve_sql,
+    select_sql,
+    settle_sql,
+)
 from clevagent_core.money import format_usd
 
 logger = logging.getLogger("clevagent")
-
-MIGRATIONS = (
-    """
-    CREATE TABLE account (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        budget TEXT NOT NULL, unit INTEGER NOT NULL, key TEXT NOT NULL, window TEXT NOT NULL,
-        granted INTEGER NOT NULL, ceiling INTEGER NOT NULL, keep INTEGER NOT NULL, warn_mark INTEGER NOT NULL,
-        spent INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0,
-        latched INTEGER NOT NULL DEFAULT 0, told INTEGER NOT NULL DEFAULT 0, warned INTEGER NOT NULL DEFAULT 0,
-        opened_at REAL NOT NULL, ends_at REAL, over_at REAL, owner INTEGER
-    );
-    CREATE UNIQUE INDEX account_key ON account (budget, unit, key, window) WHERE over_at IS NULL;
-    CREATE INDEX account_owner ON account (owner) WHERE owner IS NOT NULL;
-    CREATE TABLE owner (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, agent TEXT NOT NULL, started_at REAL NOT NULL);
-    CREATE TABLE hold (
-        id INTEGER PRIMARY KEY, owner INTEGER NOT NULL, accounts TEXT NOT NULL,
-        usd INTEGER NOT NULL, tokens INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
-        llm_calls INTEGER NOT NULL, tool_calls INTEGER NOT NULL
-    );
-    CREATE INDEX hold_owner ON hold (owner)
-    """,
-)
-"""Numbered from 1; one that was published is never changed. Amounts are in the account's unit: pico-USD, tokens or calls. ``ends_at``
-is set where the calendar ends the window; ``over_at`` once the run is over that was the window; ``owner`` while that run is one
-process's own."""
 
 _KEPT_S = 3600.0
 """How long accounts are kept whose window is over, and those that nothing was spent from."""
@@ -84,7 +72,6 @@ _POLL_S = 0.02
 """How often a process that waits for money looks whether another one has changed the file."""
 _RETRY_S = 1.0
 """How often it tries again without such a change: an owner that died told nobody."""
-_ROW = "id, ceiling, keep, spent, held, latched, told, warned"
 
 
 class SqliteAccount(Account):
@@ -202,7 +189,7 @@ class SqliteLedger:
         latch: bool = True,
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
-        if max(amounts) > _MOST:
+        if max(amounts) > MOST:
             amounts = _at_most(amounts)
         hold = SqliteHold(lines, amounts, expires_at=expires_at, owner=owner)
         database = self._database
@@ -213,7 +200,7 @@ class SqliteLedger:
             ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
             is_usual = not wrap_up and all(line.enforced and not line.account.closed for line in lines)
             with database.transaction() as execute:
-                if not (is_usual and execute(_reserve_sql(len(ids)), (*amounts, *ids)).rowcount == len(ids)):
+                if not (is_usual and execute(reserve_sql(len(ids)), (*amounts, *ids)).rowcount == len(ids)):
                     if is_usual:
                         # Some of them were held; this one goes the long way.
                         execute("ROLLBACK")
@@ -223,7 +210,7 @@ class SqliteLedger:
                         return refusal
                 self._last_hold += 1
                 hold.id, hold.owner_id, hold.pid = me.id << 32 | self._last_hold, me.id, self._pid
-                execute(_INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
+                execute(INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
             self._holds[hold] = None
         return hold
 
@@ -272,17 +259,17 @@ class SqliteLedger:
             me = (self._owner or self._enter()).id if is_of_run else None
             ends = None if math.isinf(ends_at) else ends_at
             with self._database.transaction() as execute:
-                found = execute(_FIND, key).fetchone()
+                found = execute(FIND, key).fetchone()
                 if found is None:
                     row = (*key, ceiling, ceiling, keep, warn_mark, self._clock.wall(), ends, me)
-                    account.id = int(execute(_INSERT_ACCOUNT, row).lastrowid or 0)
+                    account.id = int(execute(INSERT_ACCOUNT, row).lastrowid or 0)
                 else:
                     account.id, granted, kept, opener = found
                     if opener != me:
                         # Of a run that was forked: no process's end is its end.
                         execute("UPDATE account SET owner = NULL WHERE id = ?", (account.id,))
                     if (granted, kept) != (ceiling, keep):
-                        execute(_CHANGE_CEILING, (ceiling, granted, ceiling, keep, warn_mark, ceiling, granted, account.id))
+                        execute(CHANGE_CEILING, (ceiling, granted, ceiling, keep, warn_mark, ceiling, granted, account.id))
                         logger.warning("%s", _changed_message(account, granted))
                 self._load(execute, [account])
             self._accounts[key] = account
@@ -293,7 +280,7 @@ class SqliteLedger:
     def top_up(self, account: Account, amount: int) -> Balance:
         """See :meth:`Ledger.top_up`."""
         with self._database.transaction() as execute:
-            execute(_TOP_UP, (amount, account.id))  # type: ignore[attr-defined]  # open() gave it
+            execute(TOP_UP, (amount, account.id))  # type: ignore[attr-defined]  # open() gave it
             self._load(execute, [account])
             if account.closed:
                 account.ceiling += amount
@@ -329,7 +316,7 @@ class SqliteLedger:
         self._evict_at = wall + _EVICT_EVERY_S
         with self._database.transaction() as execute:
             self._bury_dead(execute)
-            gone = int(execute(_EVICT, (wall - _KEPT_S, wall - self.kept_s, wall - self.kept_s, _EVICT_AT_ONCE)).rowcount)
+            gone = int(execute(EVICT, (wall - _KEPT_S, wall - self.kept_s, wall - self.kept_s, _EVICT_AT_ONCE)).rowcount)
         if gone == _EVICT_AT_ONCE:
             self._evict_at = wall  # there are more
         return gone
@@ -387,7 +374,7 @@ class SqliteLedger:
             if not isinstance(hold, SqliteHold) or hold.pid != self._pid or hold.state == "settled":
                 return []
             self._holds.pop(hold, None)
-            if max(amounts) > _MOST:
+            if max(amounts) > MOST:
                 amounts = _at_most(amounts)
             self._closing.append(_Closing(hold, hold.state, hold.charged, amounts))
             hold.state, hold.charged = state, None if state == "released" else amounts
@@ -455,7 +442,7 @@ class SqliteLedger:
             if self._owner is not None and self._owner.id == hold.owner_id:
                 self._leave()
         spent = amounts if before is _ZERO else tuple(map(int.__sub__, amounts, before))
-        execute(_settle_sql(len(ids)), (*held, *spent, *ids))
+        execute(settle_sql(len(ids)), (*held, *spent, *ids))
         self._load(execute, [line.account for line in lines])
         notices = []
         for line in lines:
@@ -473,7 +460,7 @@ class SqliteLedger:
     def _load(self, execute: Callable[..., Any], accounts: Sequence[Any]) -> None:
         """Read accounts; those that are not there any more are marked as closed."""
         by_id = {account.id: account for account in accounts}
-        rows = execute(_select_sql(len(by_id)), tuple(by_id))
+        rows = execute(select_sql(len(by_id)), tuple(by_id))
         for id_, ceiling, keep, spent, held, latched, told, warned in rows:
             account = by_id.pop(id_)
             account.ceiling, account.keep, account.spent, account.held = ceiling, keep, spent, held
@@ -497,10 +484,10 @@ class SqliteLedger:
         try:
             with self._database.transaction() as execute:
                 while lock_fd < 0:
-                    id_ = int(execute(_INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
+                    id_ = int(execute(INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
                     path = owner_path(self._database.path, id_)
                     # Locked before anybody can see it: an owner without a locked file is dead.
-                    lock_fd = _lock_file(path)
+                    lock_fd = lock_file(path)
                     if lock_fd < 0:
                         # A process's that used a file of this name before this one was made.
                         execute("DELETE FROM owner WHERE id = ?", (id_,))
@@ -554,7 +541,7 @@ class SqliteLedger:
         holds = execute(f"SELECT accounts, {', '.join(UNITS)} FROM hold WHERE owner = ?", (owner,)).fetchall()
         for accounts, *amounts in holds:
             ids = [int(number) for number in accounts.split(",") if number]
-            execute(_settle_sql(len(ids)), (*amounts, *amounts, *ids))
+            execute(settle_sql(len(ids)), (*amounts, *amounts, *ids))
         execute("DELETE FROM hold WHERE owner = ?", (owner,))
         execute("UPDATE account SET over_at = ? WHERE owner = ? AND over_at IS NULL", (self._clock.wall(), owner))
         execute("DELETE FROM owner WHERE id = ?", (owner,))
@@ -581,95 +568,11 @@ class SqliteLedger:
 
 
 _ZERO: Amounts = (0, 0, 0, 0, 0, 0)
-_MOST = 2**63 - 1
-"""What a provider that is broken may report at most: SQLite's integers end there, and so do budgets."""
-_AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1}" for unit in range(len(UNITS))) + " END"
-_SPENT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1 + len(UNITS)}" for unit in range(len(UNITS))) + " END"
-_FIND = "SELECT id, granted, keep, owner FROM account WHERE budget = ? AND unit = ? AND key = ? AND window = ? AND over_at IS NULL"
-_INSERT_ACCOUNT = (
-    "INSERT INTO account (budget, unit, key, window, granted, ceiling, keep, warn_mark, opened_at, ends_at, owner) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
-_INSERT_OWNER = "INSERT INTO owner (pid, agent, started_at) VALUES (?, ?, ?)"
-_INSERT_HOLD = "INSERT INTO hold VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_TOP_UP = "UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?"
-# What was topped up stays on top; a ceiling that was raised opens the latch as a top-up does.
-_CHANGE_CEILING = (
-    "UPDATE account SET ceiling = ceiling + ? - ?, granted = ?, keep = ?, warn_mark = ?, "
-    "latched = latched AND ? < ?, told = 0, warned = 0 WHERE id = ?"
-)
-_EVICT = (
-    "DELETE FROM account WHERE id IN (SELECT id FROM account WHERE held = 0 AND (over_at <= ? OR over_at IS NULL AND (ends_at <= ? OR "
-    "opened_at <= ? AND spent = 0 AND latched = 0 AND ceiling = granted)) LIMIT ?)"
-)
-
-
-@cache
-def _reserve_sql(count: int) -> str:
-    return (
-        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count, len(UNITS))}) AND latched = 0 "
-        f"AND ({_AMOUNT} = 0 OR spent + held + {_AMOUNT} <= ceiling - keep)"
-    )
-
-
-@cache
-def _settle_sql(count: int) -> str:
-    # Not below zero, where an operator has reset the account meanwhile.
-    # Not with RETURNING, which takes four times as long as a second statement that reads.
-    return (
-        f"UPDATE account SET held = held - {_AMOUNT}, spent = max(0, min(spent + {_SPENT}, {_MOST})) "
-        f"WHERE id IN ({_places(count, 2 * len(UNITS))})"
-    )
-
-
-@cache
-def _select_sql(count: int) -> str:
-    return f"SELECT {_ROW} FROM account WHERE id IN ({_places(count, 0)})"
-
-
-def _places(count: int, after: int) -> str:
-    return ", ".join(f"?{after + number}" for number in range(1, count + 1))
 
 
 def _at_most(amounts: Amounts) -> Amounts:
-    usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls = (min(amount, _MOST) for amount in amounts)
+    usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls = (min(amount, MOST) for amount in amounts)
     return usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls
-
-
-def owner_path(path: Path, owner: int) -> Path:
-    """Name the file by whose lock an owner is seen to be alive."""
-    return path.with_name(f"{path.name}-owner-{owner}")
-
-
-def _lock_file(path: Path) -> int:
-    """Make a file and lock it for good; -1 where another process has."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return -1
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def is_locked(path: Path) -> bool:
-    """Tell whether some process holds the lock of a file."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # nobody can tell
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _changed_message(account: Account, granted: int) -> str:

@@ -296,7 +296,8 @@ def test_the_log_stays_bounded(open_here, path) -> None:
         if number % 100 == 0:
             biggest = max(biggest, Path(f"{path}-wal").stat().st_size)
     assert here.state() == (10_000, 0)
-    assert biggest < 64 * 2**20
+    # They write more than 1 GB; how far a checkpoint lags behind depends on the disk.
+    assert biggest < 256 * 2**20
 
 
 @pytest.mark.slow
@@ -312,7 +313,8 @@ def test_the_log_stays_bounded_while_several_processes_never_rest(other, here, p
     for process in there:
         process.answer()
     assert there[0].ask("state()") == (45_000, 0)
-    assert biggest < 64 * 2**20
+    # They write more than 1 GB; how far a checkpoint lags behind depends on the disk.
+    assert biggest < 256 * 2**20
 
 
 def test_the_checkpointer_hands_the_log_over_when_it_grew_too_long(open_here, monkeypatch) -> None:

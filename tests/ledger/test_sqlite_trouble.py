@@ -23,7 +23,8 @@ from clevagent_core.errors import BudgetExceeded, ClevAgentError, LedgerError, U
 from clevagent_core.ledger import database
 from clevagent_core.ledger.account import Hold
 from clevagent_core.ledger.database import Database
-from clevagent_core.ledger.sqlite import MIGRATIONS, SqliteLedger
+from clevagent_core.ledger.sqlite import SqliteLedger
+from clevagent_core.ledger.statements import MIGRATIONS
 from clevagent_core.pricing import Price
 from clevagent_core.watchdog import Watchdog
 
@@ -98,7 +99,7 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_as_it_is(path, watch) -
 
 def test_a_missing_folder_is_told_and_not_made(path, watch) -> None:
     assert told(lambda: watch(ledger=str(path.parent / "no" / "ledger.db")), path) == snapshot(
-        "The ledger 'FOLDER/no/ledger.db' could not be used: it cannot be opened ([Errno 2] No such file or directory: 'FOLDER/no/ledger.db'). What is spent could not be counted, so nothing was let through. Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
+        "The ledger 'FOLDER/no/ledger.db' could not be used: it cannot be opened ([Errno 2] No such file or directory: 'FOLDER/no/ledger.db'). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
     )
     assert list(path.parent.iterdir()) == []
 
@@ -106,14 +107,14 @@ def test_a_missing_folder_is_told_and_not_made(path, watch) -> None:
 def test_a_folder_is_no_ledger(path, watch) -> None:
     path.mkdir()
     assert told(watch, path) == snapshot(
-        "The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened (unable to open database file). What is spent could not be counted, so nothing was let through. Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
+        "The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened (unable to open database file). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
     )
 
 
 def test_a_path_through_a_file_is_told(path, watch) -> None:
     path.write_text("")
     assert told(lambda: watch(ledger=str(path / "ledger.db")), path) == snapshot(
-        "The ledger 'FOLDER/ledger.db/ledger.db' could not be used: it cannot be opened ([Errno 20] Not a directory: 'FOLDER/ledger.db/ledger.db'). What is spent could not be counted, so nothing was let through. Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
+        "The ledger 'FOLDER/ledger.db/ledger.db' could not be used: it cannot be opened ([Errno 20] Not a directory: 'FOLDER/ledger.db/ledger.db'). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
     )
 
 
@@ -199,7 +200,7 @@ def test_a_file_that_may_not_be_written_is_told(path) -> None:
 def test_a_folder_that_may_not_be_written_is_told(path) -> None:
     path.parent.chmod(0o555)
     assert as_nobody(path) == snapshot(
-        "LedgerError The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened ([Errno 13] Permission denied: 'FOLDER/ledger.db'). What is spent could not be counted, so nothing was let through. Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
+        "LedgerError The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened ([Errno 13] Permission denied: 'FOLDER/ledger.db'). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
     )
     path.parent.chmod(0o755)
 
@@ -212,7 +213,7 @@ def test_a_folder_in_which_no_owner_file_can_be_made_is_told(path, watch, monkey
 
     watchdog = watch()
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "_lock_file", refuse)
+        patch.setattr(sqlite, "lock_file", refuse)
         assert told(lambda: watchdog.process_run.open(ask()), path) == snapshot(
             "The ledger 'FOLDER/ledger.db' could not be used: the file 'FOLDER/ledger.db-owner-1', by whose lock other processes see that this one is alive, cannot be made ([Errno 13] Permission denied). Nothing was let through. Make the folder writable."
         )
@@ -416,7 +417,7 @@ def test_a_folder_that_cannot_be_looked_into_any_more_is_told_as_every_other_tro
     with monkeypatch.context() as patch:
         patch.setattr(Database, "_identity_now", refuse)
         assert told(lambda: here.take(1), path) == snapshot(
-            "The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened ([Errno 13] Permission denied: 'FOLDER/ledger.db'). What is spent could not be counted, so nothing was let through. Make its folder, and both writable for this user; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
+            "The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened ([Errno 13] Permission denied: 'FOLDER/ledger.db'). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
         )
         with pytest.raises(LedgerError):
             here.state()
