@@ -59,7 +59,7 @@ def show_command(url: str | None, *, with_over: bool, as_json: bool) -> None:
 @click.pass_obj
 def top_up_command(url: str | None, /, budget: str, key: str | None, **amounts: Any) -> None:
     """Raise a ceiling of BUDGET and open its latch: calls that were refused pass again."""
-    from clevagent_core.ledger.inspection import choose  # noqa: PLC0415 - not needed for --help
+    from clevagent_core.ledger.inspection import choose, listed  # noqa: PLC0415 - not needed for --help
     from clevagent_core.money import to_pico  # noqa: PLC0415 - as above
 
     given = {unit: amount for unit, amount in amounts.items() if amount is not None}
@@ -67,18 +67,17 @@ def top_up_command(url: str | None, /, budget: str, key: str | None, **amounts: 
         if len(given) != 1:
             raise UsageError("Give exactly one amount, for example --usd 5; nothing was changed.")
         ((unit, amount),) = given.items()
-        number = to_pico(amount, what="usd") if unit == "usd" else amount
+        number = to_pico(amount, what="--usd") if unit == "usd" else amount
         if number <= 0:
             raise UsageError(f"--{unit.replace('_', '-')} {amount} adds nothing, so nothing was changed. Give an amount above 0.")
         found = choose(ledger.accounts(time.time()), budget, key=key, unit=unit)
         if len(found) > 1:
-            keys = ", ".join(repr(record.balance.key.key) for record in found)
+            keys = listed([repr(record.balance.key.key) for record in found])
             raise UsageError(
                 f"The budget {budget!r} has {len(found)} open accounts, so nothing was changed. Say which, with --key: {keys}."
             )
-        ledger.top_up(found[0], number)
-        (after,) = (record for record in ledger.accounts(time.time()) if record.id == found[0].id)
-    click.echo(f"The ceiling of {budget!r} ({after.balance.key.key}) is now {_amount(after, after.balance.ceiling)}.")
+        ceiling = ledger.top_up(found[0], number)
+    click.echo(f"The ceiling of {budget!r} ({found[0].balance.key.key}) is now {_amount(found[0], ceiling)}.")
 
 
 @ledger_command.command("reset")
@@ -96,9 +95,8 @@ def reset_command(url: str | None, budget: str, key: str | None, *, yes: bool) -
             click.echo(f"{budget!r} ({record.balance.key.key}) has spent {_amount(record, record.balance.spent)}.")
         if not yes:
             click.confirm("Start from zero? What was spent is forgotten", abort=True)
-        for record in found:
-            ledger.reset(record)
-    click.echo(f"Started {len(found)} account{'s' if len(found) > 1 else ''} from zero.")
+        count = sum(ledger.reset(record) for record in found)
+    click.echo(f"Started {count} account{'' if count == 1 else 's'} from zero.")
 
 
 @contextmanager
@@ -166,21 +164,29 @@ def _print_tables(records: list[AccountRecord], owners: list[OwnerRecord]) -> No
     from rich.table import Table  # noqa: PLC0415 - as above
     from rich.text import Text  # noqa: PLC0415 - as above
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("budget", "key", "window", "spent", "held", "ceiling", "state"):
-        is_number = title in {"spent", "held", "ceiling"}
-        table.add_column(title, overflow="fold", justify="right" if is_number else "left", no_wrap=is_number)
+    # The key stands under its budget and the unit under its ceiling, so that neither has to be broken in 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("budget\n  key", overflow="fold")
+    table.add_column("window", no_wrap=True)
+    for title in ("spent", "held", "ceiling"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for record in records:
         balance = record.balance
+        spent, held, ceiling = (_amount(record, number) for number in (balance.spent, balance.held, balance.ceiling))
         state = "over" if record.is_over else "stopped" if balance.latched else "open"
-        cells = [balance.key.budget, balance.key.key, balance.key.window or "-"]
-        # The unit stands once, behind the ceiling.
-        cells += [_amount(record, number).split(" ")[0] for number in (balance.spent, balance.held)]
-        cells.append(_amount(record, balance.ceiling))
         # Text, because names may look like markup.
-        table.add_row(*map(Text, cells), Text(state, style="bold red" if state == "stopped" else ""))
+        table.add_row(
+            Text(f"{balance.key.budget}\n  {balance.key.key}"),
+            Text(balance.key.window or "-"),
+            *(Text(amount.split(" ")[0]) for amount in (spent, held)),
+            Text(ceiling.replace(" ", "\n", 1)),
+            Text(state, style="bold red" if state == "stopped" else ""),
+        )
     console = Console()
     console.print(table if records else "No account yet: nothing that a budget covers was called.", highlight=False)
+    if owners:
+        console.print()
     for owner in owners:
         calls = f"{owner.calls_in_flight} call{'' if owner.calls_in_flight == 1 else 's'} in flight"
         state = (

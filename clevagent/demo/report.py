@@ -13,14 +13,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from clevagent.demo.acting import Scene, play
 from clevagent.demo.results import SceneResult
-from clevagent.demo.scenes import SCENES, Scene, play
+from clevagent.demo.scenes import SCENES
 from clevagent.demo.surroundings import kept_log, own_environment, plugins_of_others
 from clevagent.testing import LoopbackProvider
 from clevagent_core.money import PICO_PER_USD
 
 _FRAMES_PER_SECOND = 10
 _INDENT = (0, 0, 0, 5)
+_STOPPED_BY = {"ceiling": "by ceiling", "loop": "loop found", None: "by nothing"}
+_NOT_STOPPED = {"ceiling": "nothing was refused for want of money", "loop": "the loop guard did not stop it"}
 _NEXT = """\
 model = clevagent.guard(model)
 with clevagent.run(budgets=[clevagent.Budget(usd=0.50)]):
@@ -28,14 +31,14 @@ with clevagent.run(budgets=[clevagent.Budget(usd=0.50)]):
 
 
 def perform(console: Console | None = None) -> list[SceneResult]:
-    """Play the demo on ``console`` and give its results. Takes some ten seconds; touches nothing of the process's watchdog."""
+    """Play the demo on ``console`` and give its results. Takes some twenty seconds; touches nothing of the process's watchdog."""
     console = console or Console(highlight=False)
     begun_at = time.monotonic()
-    _say(console, "Four ways to overspend, each played without a guard, and then with one.", style="bold")
+    _say(console, "Six runaway agents, each played without a guard, and then with one.", style="bold")
     _say(console, "Agents and client are real. The provider is a server on this machine that keeps the bill: no key, no cost.")
     with own_environment(), kept_log() as records, _stage(console) as stage:
         results = play(SCENES, stage, block=plugins_of_others())
-    console.print(result_table(results))
+    console.print("", result_table(results), "", sep="\n")
     for line in explanations(results):
         _say(console, line)
     warned = f" {len(records)} warnings that ClevAgent logged were kept off this screen." if records else ""
@@ -74,7 +77,8 @@ class Stage:
     def scene_ended(self, result: SceneResult) -> None:
         """Tell a scene's two bills."""
         self._now = lambda: ""
-        for how, bill, rest in (("unguarded", result.unguarded, ""), ("guarded", result.guarded, f", {result.refused} refused")):
+        end = ", loop found" if result.act.stopped_by == "loop" else f", {result.act.refused} refused"
+        for how, bill, rest in (("unguarded", result.unguarded, ""), ("guarded", result.guarded, end)):
             billed = f"{_money(bill.billed_pico)} billed, {_against(bill.billed_pico, result.ceiling_pico)}"
             _say(self._console, f"     {how:<11}{billed}; {bill.requests} sent{rest}")
 
@@ -97,63 +101,78 @@ def _stage(console: Console) -> Iterator[Stage]:
 
 
 def result_table(results: Sequence[SceneResult]) -> Table:
-    """Lay the results out: a column for each scene, so that it fits 80 characters."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
+    """Lay the results out: two lines for each scene, in 79 characters."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, leading=1)
+    table.add_column("Scene")
+    for title in ("Unguarded\nbilled", "Guarded\nbilled", "Guarded\nrequests", "Ledger\nsays"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("Verdict", max_width=10)
     for result in results:
-        table.add_column(result.title, justify="right", min_width=11)
-    rows: tuple[tuple[str, Callable[[SceneResult], str]], ...] = (
-        ("Ceiling", lambda result: _money(result.ceiling_pico)),
-        ("Without a guard", lambda _: ""),
-        ("  requests sent", lambda result: str(result.unguarded.requests)),
-        ("  billed", lambda result: _money(result.unguarded.billed_pico)),
-        ("  ceiling used", lambda result: _share(result.unguarded.billed_pico, result.ceiling_pico)),
-        ("Guarded", lambda _: ""),
-        ("  requests sent", lambda result: str(result.guarded.requests)),
-        ("  requests refused", lambda result: str(result.refused)),
-        ("  billed", lambda result: _money(result.guarded.billed_pico)),
-        ("  ceiling used", lambda result: _share(result.guarded.billed_pico, result.ceiling_pico)),
-        ("  overshoot", lambda result: _money(result.overshoot_pico)),
-        ("  ledger says", lambda result: _money(result.ledger_pico)),
-        ("  usage was told", lambda result: "yes" if result.tells_usage else "no"),
-        ("  ledger agrees", lambda result: "yes" if result.agrees else "NO"),
-    )
-    for name, cell in rows:
-        table.add_row(Text(name, style="" if name.startswith(" ") else "bold"), *map(cell, results))
-    table.add_section()
-    table.add_row(Text("Verdict", style="bold"), *map(_verdict, results))
+        table.add_row(*_cells(result))
     return table
+
+
+def _cells(result: SceneResult) -> list[Text]:
+    unguarded, guarded, act, ceiling = result.unguarded, result.guarded, result.act, result.ceiling_pico
+    agrees = ("equal" if result.tells_usage else "covers it") if result.agrees else "DISAGREES"
+    return [
+        _two_lines(result.title, f"  ceiling {_cents(ceiling)}"),
+        _two_lines(_money(unguarded.billed_pico), _share(unguarded.billed_pico, ceiling), _alarm(unguarded.billed_pico > ceiling)),
+        _two_lines(_money(guarded.billed_pico), _share(guarded.billed_pico, ceiling), _alarm(guarded.billed_pico > ceiling)),
+        _two_lines(f"{guarded.requests} sent", f"{act.refused} refused"),
+        _two_lines(_money(act.ledger_pico), agrees, _alarm(not result.agrees)),
+        Text.assemble(_verdict(result), "\n", (_STOPPED_BY[act.stopped_by], "dim")),
+    ]
+
+
+def _two_lines(first: str, second: str, style: str = "dim") -> Text:
+    return Text.assemble(first, "\n", (second, style))
+
+
+def _alarm(is_bad: bool) -> str:  # noqa: FBT001 - a private word for a colour
+    return "red" if is_bad else "dim"
 
 
 def explanations(results: Sequence[SceneResult]) -> list[str]:
     """Say what the table means and what was seen, a paragraph each."""
     means = (
-        "Billed is what the provider counted, the ledger what ClevAgent counted. Where the provider tells what a call used, they "
-        "agree if they are equal to the last digit. A broken-off stream or a timeout tells nothing: there the ledger counts the "
-        "most that the call can cost, so it agrees if it is not below the bill and not above the ceiling.\n"
+        "Billed is what the provider counted, and its part of the ceiling; the ledger is what ClevAgent counted. Where the provider "
+        "tells what a call used, the two are equal to the last digit. A broken-off stream, a timeout or a killed process tells "
+        "nothing: there the ledger counts the most that the call can cost, so it covers the bill, and stays within the ceiling.\n"
     )
     bad = [result for result in results if result.verdict != "held"]
     if bad:
         return [means, *(_complaint(result) for result in bad)]
+    return [means, *_seen(results)]
+
+
+def _seen(results: Sequence[SceneResult]) -> Iterator[str]:
     without = sum(result.unguarded.billed_pico for result in results)
     guarded = sum(result.guarded.billed_pico for result in results)
     most = max(result.unguarded_share for result in results)
-    refused = sum(result.refused for result in results)
-    seen = (
-        f"Unguarded, this work cost {_cents(without)} and passed its ceilings up to {most:.1f} times over. Guarded, it cost "
+    refused = sum(result.act.refused for result in results)
+    yield (
+        f"Unguarded, these agents cost {_cents(without)} and passed ceilings up to {most:.1f} times over. Guarded, they cost "
         f"{_cents(guarded)} and passed none: {refused} requests were refused before they were sent. What fitted was let through; a "
         "little stays unused, because a call is refused if the most that it can cost does not fit.\n"
     )
-    return [means, seen]
+    for result in results:
+        if result.means == "loop":
+            sent, billed = result.guarded.requests, _cents(result.guarded.billed_pico)
+            yield (
+                f"{result.title}: found by what its calls brought, not by what they cost. It was stopped after {sent} calls and {billed}, "
+                f"with {_cents(result.ceiling_pico - result.act.ledger_pico)} of its ceiling unspent.\n"
+            )
 
 
 def _complaint(result: SceneResult) -> str:
-    billed, ledger, ceiling = _money(result.guarded.billed_pico), _money(result.ledger_pico), _money(result.ceiling_pico)
-    numbers = f"billed {billed}, the ledger says {ledger}, the ceiling is {ceiling}"
+    billed, ledger, ceiling = _money(result.guarded.billed_pico), _money(result.act.ledger_pico), _money(result.ceiling_pico)
+    numbers = f"billed {billed}, the ledger says {ledger} and holds {_money(result.act.held_pico)}, the ceiling is {ceiling}"
     what = {
         "PASSED": "the ceiling was passed",
         "DISAGREES": "the ledger does not agree with the bill",
         "NOTHING SENT": "everything was refused, which proves nothing",
+        "NOT STOPPED": _NOT_STOPPED[result.means],
     }
     return f"{result.title}: {what[result.verdict]} ({numbers}). This is a bug of ClevAgent; please report it with this output.\n"
 

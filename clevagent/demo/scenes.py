@@ -1,4 +1,4 @@
-"""Four ways in which agents spend too much: each is played without a guard, and then guarded by its ceiling.
+"""Six ways in which agents run away: each is played without a guard, and then guarded.
 
 Nothing is scripted but the provider's answers. The work of a scene does not know whether its model is guarded.
 """
@@ -8,123 +8,84 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from langchain.agents import create_agent
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_openai import ChatOpenAI
 from openai import APITimeoutError
 
-from clevagent import Budget, BudgetExceeded, Price, Watchdog, guard
-from clevagent.demo.results import Bill, SceneResult
+from clevagent import Budget, BudgetExceeded, LoopDetected, LoopGuard, RunSummary, Watchdog, guard
+from clevagent.demo.acting import CENT_CALL, PRICES, PROMPT, Scene, chat_model
+from clevagent.demo.processes import SharedCeiling, replies
+from clevagent.demo.results import GuardedAct, Means
 from clevagent.testing import LoopbackProvider, Reply
-from clevagent_core.money import PICO_PER_USD, to_pico
+from clevagent_core.money import PICO_PER_USD
 
-_MODEL = "gpt-4.1"
-_PRICE = (2.00, 8.00)
-"""US dollars for a million tokens of input and of output; given to both sides, so that no price list plays a part."""
 _TRIES = 50
 _TIMED_OUT_TRIES = 20
-_UNPARSED = 39
-"""After so many tries the script ends the agent that nobody guards; nothing else would."""
-
-# A thousand tokens (the provider bills each byte as one) and a limit of a thousand: a call costs $0.002 + $0.008 = $0.01.
-_PROMPT = ("Sum up what this customer has written to us over the years, in one friendly paragraph. " * 12)[:1000]
-_CENT_CALL = {"max_tokens": 1000}
+_FRUITLESS = 39
+"""After so many answers that lead nowhere the script ends the agent that nobody guards; nothing else would."""
 _SCANNED_LINE = "|w1dget, lrg . . . . . . . .|  4|  12,5O|....5O.0O?|  smudge: sprockeL, s  m|   1O|   3,1l|\n"
+_PAGE_LINE = "Figures for the last quarter are published on another page; please search for the last quarter's figures. "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """Work that costs more than it should."""
+class ModelScene(Scene):
+    """Work of this process with one model."""
 
-    title: str
-    story: str
-    """What happens in it, in a sentence."""
-    ceiling: str
-    """US dollars."""
     work: Callable[[BaseChatModel], None]
     """What is done with the model. Ends when the work is done or is refused."""
-    replies: Sequence[Reply]
-    tells_usage: bool
-    """Whether the client gets to hear what each call used."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the model."""
-    billing: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the provider."""
 
-    @property
-    def ceiling_pico(self) -> int:
-        """The ceiling in pico-USD."""
-        return to_pico(self.ceiling, what="ceiling")
+    def play_unguarded(self, provider: LoopbackProvider) -> None:
+        """Work with the model as it is."""
+        self.work(chat_model(provider.openai_url, self.model))
 
+    def play_guarded(self, provider: LoopbackProvider, block: Sequence[str]) -> GuardedAct:
+        """Work with the model guarded, in a run that has the ceiling."""
+        watchdog = Watchdog(agent="demo", prices=PRICES, block=block)
+        try:
+            model = guard(chat_model(provider.openai_url, self.model), watchdog=watchdog)
+            stopped_by: Means | None = None
+            with watchdog.run(budgets=[Budget(usd=self.ceiling)], guards=self.guards()) as run:
+                try:
+                    self.work(model)
+                except BudgetExceeded:
+                    stopped_by = "ceiling"
+                except LoopDetected:
+                    stopped_by = "loop"
+            return _act(run.summary(), stopped_by)
+        finally:
+            watchdog.shutdown()
 
-class Audience(Protocol):
-    """Who is told how the demo gets on."""
-
-    def scene_begins(self, number: int, scene: Scene) -> None:
-        """Hear of a scene, counted from 1."""
-
-    def act_begins(self, scene: Scene, provider: LoopbackProvider, *, is_guarded: bool) -> None:
-        """Hear that a scene is played, without or with a guard; ``provider`` can be watched from now on."""
-
-    def scene_ended(self, result: SceneResult) -> None:
-        """Hear what a scene came to."""
-
-
-def play(scenes: Sequence[Scene], audience: Audience, *, block: Sequence[str] = ()) -> list[SceneResult]:
-    """Play every scene, with a watchdog of its own that leaves out the plugins in ``block``."""
-    results = []
-    for number, scene in enumerate(scenes, start=1):
-        audience.scene_begins(number, scene)
-        unguarded = _play_unguarded(scene, audience)
-        results.append(_play_guarded(scene, audience, unguarded, block))
-        audience.scene_ended(results[-1])
-    return results
+    def guards(self) -> Sequence[object]:
+        """Give the guards that the run has beside its ceiling."""
+        return ()
 
 
-def _play_unguarded(scene: Scene, audience: Audience) -> Bill:
-    with _provider(scene) as provider:
-        audience.act_begins(scene, provider, is_guarded=False)
-        scene.work(_model(scene, provider))
-    return _bill(provider)
+@dataclass(frozen=True, kw_only=True)
+class LoopScene(ModelScene):
+    """Work that the loop guard is to stop, long before the ceiling."""
+
+    means: ClassVar[Means] = "loop"
+
+    def guards(self) -> Sequence[object]:
+        """Stop a loop, where the built-in guard would only warn of it."""
+        return [LoopGuard()]
 
 
-def _play_guarded(scene: Scene, audience: Audience, unguarded: Bill, block: Sequence[str]) -> SceneResult:
-    watchdog = Watchdog(agent="demo", prices={_MODEL: Price(input=_PRICE[0], output=_PRICE[1])}, block=block)
-    try:
-        with _provider(scene) as provider:
-            audience.act_begins(scene, provider, is_guarded=True)
-            model = guard(_model(scene, provider), watchdog=watchdog)
-            with watchdog.run(budgets=[Budget(usd=scene.ceiling)]) as run, suppress(BudgetExceeded):
-                scene.work(model)
-        summary = run.summary()
-    finally:
-        watchdog.shutdown()
-    return SceneResult(
-        title=scene.title,
-        ceiling_pico=scene.ceiling_pico,
-        tells_usage=scene.tells_usage,
-        unguarded=unguarded,
-        guarded=_bill(provider),
+def _act(summary: RunSummary, stopped_by: Means | None) -> GuardedAct:
+    # Work that goes on after each refusal raises nothing; the account remembers.
+    if stopped_by is None and any(state.latched for state in summary.budgets):
+        stopped_by = "ceiling"
+    return GuardedAct(
         # Amounts of a summary are floats, which keep every pico-USD up to $9 000.
         ledger_pico=sum(round(state.spent * PICO_PER_USD) for state in summary.budgets),
+        held_pico=sum(round(state.held * PICO_PER_USD) for state in summary.budgets),
         refused=summary.refusals,
+        stopped_by=stopped_by,
     )
-
-
-def _provider(scene: Scene) -> LoopbackProvider:
-    return LoopbackProvider(scene.replies, prices={_MODEL: _PRICE}, **scene.billing)
-
-
-def _model(scene: Scene, provider: LoopbackProvider) -> BaseChatModel:
-    arguments = {"model": _MODEL, "api_key": "demo", "base_url": provider.openai_url, "timeout": 30, **scene.model}
-    return ChatOpenAI(**arguments)
-
-
-def _bill(provider: LoopbackProvider) -> Bill:
-    """Read the bill of a provider that is closed, so that nothing is still on its way."""
-    return Bill(billed_pico=provider.billed_pico, requests=provider.request_count)
 
 
 # -- the work of each scene -----------------------------------------------------------------------------------------------
@@ -138,23 +99,39 @@ def read_invoice(number: str) -> str:
 def _parse_again(model: BaseChatModel) -> None:
     agent = create_agent(model, [read_invoice], system_prompt="You are an accountant. Find each invoice's total. Do not guess.")
     question = {"role": "user", "content": "What is the total of invoice 4711?"}
-    agent.invoke({"messages": [question]}, {"recursion_limit": 10 * _UNPARSED})
+    agent.invoke({"messages": [question]}, {"recursion_limit": 10 * _FRUITLESS})
+
+
+def search(query: str) -> str:
+    """Search the company's pages."""
+    return f"1 page found for {query!r}: intranet/figures"
+
+
+def open_page(url: str) -> str:
+    """Open a page."""
+    return f"PAGE {url}\n{_PAGE_LINE * 80}"
+
+
+def _go_in_circles(model: BaseChatModel) -> None:
+    agent = create_agent(model, [search, open_page], system_prompt="You answer questions from the company's pages.")
+    question = {"role": "user", "content": "What did we earn in the last quarter?"}
+    agent.invoke({"messages": [question]}, {"recursion_limit": 10 * _FRUITLESS})
 
 
 def _fan_out(model: BaseChatModel) -> None:
-    answers = model.batch([_PROMPT] * _TRIES, {"max_concurrency": _TRIES}, return_exceptions=True)
+    answers = model.batch([PROMPT] * _TRIES, {"max_concurrency": _TRIES}, return_exceptions=True)
     _raise_unless(answers, BudgetExceeded)
 
 
 def _break_off(model: BaseChatModel) -> None:
     for _ in range(_TRIES):
         with suppress(BudgetExceeded):
-            for _chunk in model.stream(_PROMPT):
+            for _chunk in model.stream(PROMPT):
                 break
 
 
 def _time_out(model: BaseChatModel) -> None:
-    answers = model.batch([_PROMPT] * _TIMED_OUT_TRIES, {"max_concurrency": _TIMED_OUT_TRIES}, return_exceptions=True)
+    answers = model.batch([PROMPT] * _TIMED_OUT_TRIES, {"max_concurrency": _TIMED_OUT_TRIES}, return_exceptions=True)
     _raise_unless(answers, BudgetExceeded, APITimeoutError)
 
 
@@ -165,37 +142,37 @@ def _raise_unless(answers: Sequence[object], *expected: type[Exception]) -> None
 
 
 SCENES = (
-    Scene(
+    ModelScene(
         title="Re-parsing agent",
         story="The model cannot use what its tool answers, so it asks for the same again, each time with a longer history. "
-        f"The script ends it after {_UNPARSED + 1} calls; nothing else would.",
+        f"The script ends it after {_FRUITLESS + 1} calls; nothing else would.",
         ceiling="0.10",
         work=_parse_again,
-        replies=[Reply(text="", tool_calls=[("read_invoice", {"number": "4711"})])] * _UNPARSED
+        replies=[Reply(text="", tool_calls=[("read_invoice", {"number": "4711"})])] * _FRUITLESS
         + [Reply(text="I cannot find the total of this invoice.")],
         tells_usage=True,
         model={"max_tokens": 400},
         billing={"tokens_per_byte": 0.25, "output_share": 0.25},
     ),
-    Scene(
+    ModelScene(
         title="Fan-out of 50",
         story=f"{_TRIES} calls of $0.01 start at once, on {_TRIES} threads; the ceiling has room for 10.",
         ceiling="0.10",
         work=_fan_out,
         replies=[Reply(delay_s=0.25)],
         tells_usage=True,
-        model=_CENT_CALL,
+        model=CENT_CALL,
     ),
-    Scene(
+    ModelScene(
         title="Streams broken off",
         story=f"{_TRIES} answers of $0.01 are streamed, and the reader leaves each after its first words. All are billed in full.",
         ceiling="0.10",
         work=_break_off,
         replies=[Reply(text="Dear customer, thank you for the many letters.", chunks=8)],
         tells_usage=False,
-        model=_CENT_CALL,
+        model=CENT_CALL,
     ),
-    Scene(
+    ModelScene(
         title="Retries after timeouts",
         story=f"The provider is too slow for {_TIMED_OUT_TRIES} calls of $0.01. OpenAI's client gives up and sends each twice more, as it "
         "does by default; every request is billed.",
@@ -203,6 +180,33 @@ SCENES = (
         work=_time_out,
         replies=[Reply(hang=True)],
         tells_usage=False,
-        model={**_CENT_CALL, "timeout": 0.5},
+        model={**CENT_CALL, "timeout": 0.5},
+    ),
+    SharedCeiling(
+        title="Five processes",
+        story="Five processes try 10 calls of $0.01 each, on one ceiling that is kept in a file. One is killed (SIGKILL) while the "
+        "provider works on its second call; that is billed, and nobody lives who could be told.",
+        ceiling="0.10",
+        processes=5,
+        tries=10,
+        replies=replies(),
+        tells_usage=False,
+    ),
+    LoopScene(
+        title="Going in circles",
+        story="The agent searches, opens the page that it found, searches again: every call succeeds and nothing new comes of it. "
+        f"The ceiling is far away. Unguarded, the script ends it after {_FRUITLESS + 1} calls; nothing else would.",
+        ceiling="5.00",
+        work=_go_in_circles,
+        replies=[
+            Reply(text="", tool_calls=[("search", {"query": "figures last quarter"})]),
+            Reply(text="", tool_calls=[("open_page", {"url": "intranet/figures"})]),
+        ]
+        * (_FRUITLESS // 2)
+        + [Reply(text="", tool_calls=[("search", {"query": "figures last quarter"})])]
+        + [Reply(text="I cannot find the figures.")],
+        tells_usage=True,
+        model={"max_tokens": 400},
+        billing={"tokens_per_byte": 0.25, "output_share": 0.25},
     ),
 )
