@@ -19,9 +19,7 @@ def needs_ticket(request: ToolCallRequest, watchdog: Watchdog) -> bool:
         return False  # there is no such tool: the model is told so, and nothing is run
     manager = CallbackManager.configure(request.runtime.config.get("callbacks"), request.tool.callbacks)
     return not any(
-        isinstance(handler, ClevAgentCallbackHandler)
-        and not handler.ignore_agent
-        and handler.watchdog is watchdog
+        isinstance(handler, ClevAgentCallbackHandler) and not handler.ignore_agent and handler.watchdog is watchdog
         for handler in manager.handlers
     )
 

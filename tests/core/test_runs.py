@@ -918,3 +918,17 @@ def test_the_parts_of_a_run_can_be_used_by_hand(make, spend):
     with run.activate():
         work()
     assert run.end().total.cost_usd == 0.02
+
+
+def test_a_run_may_have_budgets_and_guards(make, llm):
+    class Counter:
+        seen = 0
+
+        @hookimpl
+        def clevagent_before_call(self, run, call):
+            self.seen += 1
+
+    counter = Counter()
+    with make().run(budgets=[Budget(usd=1)], guards=[counter]) as run:
+        run.open(llm()).release()
+    assert counter.seen == 1

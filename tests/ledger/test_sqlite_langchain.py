@@ -84,7 +84,7 @@ def test_guarded_models_that_are_killed_never_pass_the_ceiling(other, path, prov
         for process in there:
             process.begin("try_it(50)", "=")
         for _ in range(30_000):
-            if provider.billed_pico > billed:
+            if provider.billed_pico > billed or all(process.has_answered() for process in there):
                 break
             event.wait(0.001)
         for process in there:
@@ -93,7 +93,9 @@ def test_guarded_models_that_are_killed_never_pass_the_ceiling(other, path, prov
                 assert process.finish() == 0
             else:
                 process.kill()
-        assert billed < provider.billed_pico <= CEILING
+        # Those that were killed late may have left nothing.
+        assert billed <= provider.billed_pico <= CEILING
+    assert provider.billed_pico
     spent, held = balance(path)
     assert provider.billed_pico <= spent <= CEILING
     assert held == 0
