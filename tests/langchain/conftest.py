@@ -31,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Exception ignored in. <coroutine object ahandle_event:pytest.PytestUnraisableExceptionWarning"
     )
+    # A stream whose task was cancelled is closed by the collector, when its event loop may be gone.
+    config.addinivalue_line(
+        "filterwarnings",
+        "ignore:Exception ignored in. <async_generator object AsyncResponseStream:pytest.PytestUnraisableExceptionWarning",
+    )
     # The models' async clients are not closed by anybody: LangChain keeps them in a cache of its own.
     config.addinivalue_line("filterwarnings", "ignore:unclosed (transport|<socket):ResourceWarning")
 
