@@ -101,8 +101,8 @@ def reset_command(url: str | None, budget: str, key: str | None, *, yes: bool) -
 
 @contextmanager
 def _opened(url: str | None) -> Iterator[LedgerFile]:
+    from clevagent_core.ledger.files import path_of  # noqa: PLC0415 - as above
     from clevagent_core.ledger.inspection import LedgerFile  # noqa: PLC0415 - not needed for --help
-    from clevagent_core.ledger.sqlite import path_of  # noqa: PLC0415 - as above
 
     try:
         path = path_of(url) if url else None

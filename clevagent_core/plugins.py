@@ -42,7 +42,7 @@ BUILTINS = (
     "clevagent_core.bounds",
     "clevagent_core.price_list",
     "clevagent_core.ledger.memory",
-    "clevagent_core.ledger.sqlite",
+    "clevagent_core.ledger.files",
 )
 """The built-in plugins by dotted name, in the order in which they are registered. Each module has ``plugin()``, which makes one.
 All are ordinary plugins: they use the public hooks only, and any of them can be blocked. Adapters are found like everybody's

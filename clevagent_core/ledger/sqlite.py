@@ -24,14 +24,12 @@ from weakref import WeakValueDictionary
 from clevagent_core.budgets import UNITS, USD, Amounts
 from clevagent_core.clock import Clock
 from clevagent_core.errors import LedgerError, UsageError
-from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import (
     Account,
     AccountKey,
     Balance,
     Changes,
     Hold,
-    Ledger,
     Line,
     Notice,
     Refusal,
@@ -607,37 +605,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-_SUFFIXES = (".db", ".sqlite", ".sqlite3")
-
-
-def path_of(url: str) -> Path | None:
-    """Read the path in ``sqlite:///path`` (four slashes for an absolute one), or a path as it is; ``None`` for anything else."""
-    name = url.removeprefix("sqlite:///")
-    if name == url and not (os.sep in url or url.endswith(_SUFFIXES)):
-        return None
-    if name == url and "://" in url:
-        return None
-    return Path(name).expanduser()
-
-
-class SqliteLedgerProvider:
-    """Opens ``init(ledger="sqlite:///path")``."""
-
-    @hookimpl
-    def clevagent_ledger(self, url: str, clock: Clock, agent: str) -> Ledger | None:
-        """Answer for paths, and for URLs that begin with ``sqlite:``."""
-        name = url.removeprefix("sqlite:///")
-        if url.startswith("sqlite:") and (name == url or not name.strip("/:") or ":memory:" in name):
-            raise UsageError(
-                f"ledger={url!r} names no file, so nothing could be shared or kept. Write sqlite:///ledger.db (in the working "
-                "directory), sqlite:////var/lib/ledger.db (absolute), or the path itself; for accounts in memory, ledger='memory'."
-            )
-        path = path_of(url)
-        return None if path is None else SqliteLedger(path, clock, agent)
-
-
-def plugin() -> SqliteLedgerProvider:
-    """Make the built-in plugin of this module."""
-    return SqliteLedgerProvider()

@@ -162,6 +162,7 @@ from clevagent_core.watchdog import Watchdog
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import ClevAgentError
+from clevagent_core.ledger import sqlite
 from clevagent_core.pricing import Price
 Watchdog().shutdown()  # all that is imported, while Python's own folder can be read
 if os.getuid() == 0:
@@ -203,6 +204,21 @@ def test_a_folder_that_may_not_be_written_is_told(path) -> None:
         "LedgerError The ledger 'FOLDER/ledger.db' could not be used: it cannot be opened ([Errno 13] Permission denied: 'FOLDER/ledger.db'). What is spent could not be counted, so nothing was let through. Make sure that its folder exists and that this user may write there; an absolute path in a URL has four slashes: sqlite:////var/lib/ledger.db."
     )
     path.parent.chmod(0o755)
+
+
+def test_a_python_without_file_locks_is_told(tmp_path) -> None:
+    """As on Windows. Everything else works there: what the file needs is imported when one is named."""
+    script = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import clevagent\n"
+        "clevagent.init(); clevagent.shutdown()\n"
+        "assert 'sqlite3' not in sys.modules\n"
+        "try: clevagent.init(ledger='sqlite:///x.db')\n"
+        "except clevagent.UsageError as error: print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    assert "a ledger that processes share needs SQLite and the file locks of Linux or macOS" in ended.stdout
+    assert "Use ledger='memory'" in ended.stdout
 
 
 def test_a_folder_in_which_no_owner_file_can_be_made_is_told(path, watch, monkeypatch) -> None:
