@@ -171,7 +171,7 @@ class LoopGuard:
 
     One is built in and only warns (``init(on_loop=...)`` changes that). Give another one to ``clevagent.run(guards=[...])``, or to
     ``init(plugins=[...])``, and it speaks in place of the built-in one. Safe to share between runs and threads; bounded memory and
-    a few microseconds a call, however long the run.
+    some ten microseconds a call, however long the run.
 
     What is not known cannot be compared: a call counts only if its adapter, or ``settle(result=...)`` and ``settle(answer=...)`` of
     the framework-free doors, tells what came back. Outside of every run nobody can tell one piece of work from the next, so there a
