@@ -84,13 +84,8 @@ def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None 
     own = as_budgets(budgets)
     if on_exceed is not None:
         own = tuple(replace(budget, on_exceed=on_exceed) for budget in own)
-    if on_exceed is not None and not own:
-        raise UsageError(
-            f"guard(..., on_exceed={on_exceed!r}) has no budgets of its own to which that could apply. "
-            "Give budgets=[...] beside it, or say on_exceed in the budgets of init() or run()."
-        )
     check_names(own)
-    guarded = (watchdog or default.current()).plugins.guard(obj, watchdog, own)
+    guarded = (watchdog or default.current()).plugins.guard(obj, watchdog, own, on_exceed)
     if guarded is None:
         raise UsageError(
             f"guard() does not know how to guard a {type(obj).__module__}.{type(obj).__qualname__}, so its calls would go out "

@@ -28,6 +28,9 @@ USD, TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, LLM_CALLS, TOOL_CALLS = range(len(UNIT
 Amounts = tuple[int, int, int, int, int, int]
 """What a call costs, or could cost: pico-USD, tokens, input tokens, output tokens, LLM calls, tool calls."""
 
+GRACEFUL = {"halt": "end a framework's work with what there is so far", "ask": "stop it so that it can be resumed"}
+"""The actions that need an attachment to a framework, in words."""
+
 ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
 """The published names of the two oldest actions."""
 
@@ -70,7 +73,9 @@ class Budget:
     on_exceed: OnExceed = "raise"
     """What happens to the call that would pass the ceiling: ``warn`` lets it go and tells; ``raise`` raises
     ``BudgetExceeded`` out of the user's call; a callable gets the incident, and the call is checked once more afterwards
-    (it may have topped up), or let go if it returns ``"warn"``. ``alert_only`` and ``stop`` are accepted for the first two."""
+    (it may have topped up), or let go if it returns ``"warn"``. ``halt`` and ``ask`` are for what can end gracefully: a guarded
+    graph returns its state so far (``ask``: with ``__interrupt__``, to be resumed), a guarded crew the tasks that are finished
+    (``halt``). ``alert_only`` and ``stop`` are accepted for the first two."""
     warn_at: float = 0.8
     """The share of the ceiling whose spending is told, once, as a warning; above 0, at most 1."""
     keep_usd: float | str | Decimal = 0
@@ -207,7 +212,7 @@ def check_names(budgets: tuple[Budget, ...]) -> None:
     """Refuse two budgets that share a name but not what they mean: one account cannot have two ceilings.
 
     Raises:
-        UsageError: two of them have one name and differ; or an action that nothing can carry out yet.
+        UsageError: two of them have one name and differ, or one is no budget.
 
     """
     seen: dict[str, Budget] = {}
@@ -224,11 +229,28 @@ def check_names(budgets: tuple[Budget, ...]) -> None:
                 f"({', '.join(f'{name}={getattr(other, name)!r} and {getattr(budget, name)!r}' for name in differ)}). "
                 "One account cannot have two ceilings: give them different names, or make them equal."
             )
-        if budget.on_exceed in ("halt", "ask"):  # no set: a callable need not be hashable
+
+
+def check_actions(budgets: Iterable[Budget], *, where: str, can: tuple[str, ...] = ()) -> None:
+    """Refuse budgets that ask for an end which what they are given to cannot bring about.
+
+    Args:
+        budgets: what was given.
+        where: to what, as the user wrote it, for the message.
+        can: which of ``halt`` and ``ask`` it is able to do.
+
+    Raises:
+        UsageError: an action that it cannot carry out.
+
+    """
+    for budget in budgets:
+        action = budget.on_exceed
+        if action in ("halt", "ask") and action not in can:  # no set: a callable need not be hashable
             raise UsageError(
-                f"Budget({budget.label!r}, on_exceed={budget.on_exceed!r}) needs an attachment that can end a framework's work "
-                "gracefully; a guarded model, a callback handler and llm_call() cannot. Use on_exceed='raise' and catch "
-                "clevagent.BudgetExceeded around the agent; keep_usd= and run.wrap_up() pay for a closing answer."
+                f"Budget({budget.label!r}, on_exceed={action!r}) was given to {where}, which cannot {GRACEFUL[str(action)]}, so "
+                "nothing was set. Use on_exceed='raise' there and catch clevagent.BudgetExceeded around the agent (keep_usd= and "
+                "run.wrap_up() pay for a closing answer); or give the budget to what can: clevagent.guard(graph, budgets=[...]) for "
+                "'halt' and 'ask', clevagent.guard(crew, budgets=[...]) for 'halt'; create_agent has BudgetMiddleware(on_exceed='halt')."
             )
 
 

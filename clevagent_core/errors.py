@@ -15,6 +15,7 @@ the words by which frameworks recognise a provider's own errors (they would retr
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,30 @@ class Stopped(ClevAgentError, RuntimeError):
     def __reduce__(self) -> tuple[type[Stopped], tuple[Incident]]:
         """Survive pickling with all fields: the default would pass the text where the incident belongs."""
         return type(self), (self.incident,)
+
+
+def passing(kind: type[Stopped], through: type[BaseException]) -> type[Stopped]:
+    """Make the subclass of ``kind`` that is also ``through``: the exception type that a framework neither retries nor swallows.
+
+    It is named, caught and pickled like ``kind``; in another process it is of this type again if the framework is there.
+    """
+    found = _passing.get((kind, through))
+    if found is not None:
+        return found
+
+    def reduce(self: Stopped) -> tuple[object, tuple[object, ...]]:
+        return _stopped, (kind, through.__module__, through.__qualname__, self.incident)
+
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "__reduce__": reduce}
+    return _passing.setdefault((kind, through), type(kind.__name__, (kind, through), body))
+
+
+_passing: dict[tuple[type[Stopped], type[BaseException]], type[Stopped]] = {}
+
+
+def _stopped(kind: type[Stopped], module: str, name: str, incident: Incident) -> Stopped:
+    through = getattr(sys.modules.get(module), name, None)
+    return (passing(kind, through) if through is not None else kind)(incident)
 
 
 class BudgetExceeded(Stopped):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from clevagent_core.budgets import Budget
+    from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
     from clevagent_core.ledger.account import Ledger
@@ -125,11 +125,12 @@ def clevagent_unconfigure(watchdog: Watchdog) -> None:
 
 
 @hookspec(firstresult=True)
-def clevagent_guard(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
+def clevagent_guard(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None) -> object | None:
     """Wrap ``obj`` so that its calls are checked before they are sent. Fires for ``clevagent.guard(obj)``.
 
     ``None`` means "not mine": the next plugin is asked. ``watchdog`` is ``None`` for the process's own (looked up at each call).
-    What it raises leaves ``guard``.
+    ``on_exceed`` is what was given to ``guard``, already put into ``budgets``: a framework that can end gracefully (``halt``,
+    ``ask``) does so for every budget that stops it; what cannot refuses it (``check_actions``). What it raises leaves ``guard``.
     """
 
 

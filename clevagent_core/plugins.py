@@ -22,7 +22,7 @@ from clevagent_core.pricing import Rates
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from clevagent_core.budgets import Budget
+    from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
     from clevagent_core.ledger.account import Ledger
@@ -224,9 +224,11 @@ class Plugins:
         """Tell observers that a run is over."""
         self._observe("clevagent_run_ended", run=run, summary=summary)
 
-    def guard(self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
+    def guard(
+        self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None = None
+    ) -> object | None:
         """Ask who can guard ``obj``."""
-        found: object | None = self._manager.hook.clevagent_guard(obj=obj, watchdog=watchdog, budgets=budgets)
+        found: object | None = self._manager.hook.clevagent_guard(obj=obj, watchdog=watchdog, budgets=budgets, on_exceed=on_exceed)
         return found
 
     def attach(self, name: str, watchdog: Watchdog) -> bool:

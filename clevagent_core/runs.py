@@ -20,7 +20,7 @@ from clevagent_core.accounts import accounts_of, record
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
-from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, Stopped, UsageError
+from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, Stopped, UsageError, passing
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
@@ -357,7 +357,9 @@ class Run:
         for run in self.chain():
             with run._tally.lock:  # noqa: SLF001 - a run of the same chain
                 run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
-        return _ERRORS.get(stop.incident.kind, Stopped)(stop.incident)
+        kind = _ERRORS.get(stop.incident.kind, Stopped)
+        through = self.watchdog.through.get()
+        return (kind if through is None else passing(kind, through))(stop.incident)
 
     def _others_hold(self) -> bool:
         """Tell whether anybody else could give money back: a thread that waits for what it holds itself waits in vain."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
-from clevagent_core.budgets import ACTION_NAMES, Budget, check_names, is_async
+from clevagent_core.budgets import ACTION_NAMES, Budget, check_actions, check_names, is_async
 from clevagent_core.errors import UsageError
 from clevagent_core.pricing import Price
 from clevagent_core.verdicts import Incident
@@ -166,6 +166,7 @@ class Settings:
             if not isinstance(value, str) or not value:
                 raise UsageError(f"{name}={value!r} names nothing. Give a name, for example {example}.")
         check_names(self.budgets)
+        check_actions(self.budgets, where="init(budgets=[...])")
         if not isinstance(self.dry_run, bool):
             raise UsageError(
                 f"dry_run={self.dry_run!r} is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."

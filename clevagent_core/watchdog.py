@@ -15,7 +15,7 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from clevagent_core.budgets import Budget, as_budgets, check_names
+from clevagent_core.budgets import Budget, as_budgets, check_actions, check_names
 from clevagent_core.calls import LLMCall
 from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.errors import UsageError
@@ -64,6 +64,13 @@ class Watchdog:
         """Whether calls of this context may use what budgets keep back."""
         self.tool: ContextVar[str | None] = ContextVar("clevagent_tool", default=None)
         """The tool that this context runs."""
+        self.node: ContextVar[str | None] = ContextVar("clevagent_node", default=None)
+        """The node, agent or task that this context runs, where an adapter knows better than the call itself."""
+        self.covered: ContextVar[Ticket | None] = ContextVar("clevagent_covered", default=None)
+        """The model call that a framework's adapter opened in this context. While its ticket is open, whatever is further down
+        (the SDK's client) is a part of it, and does not count again."""
+        self.through: ContextVar[type[BaseException] | None] = ContextVar("clevagent_through", default=None)
+        """The exception type that the framework around this context lets pass: what is raised here is one, too."""
         self.recent: deque[Incident] = deque(maxlen=_RECENT)
         """The latest incidents, oldest first."""
         self.plugins = Plugins(block=self.settings.block)
@@ -316,6 +323,7 @@ class RunBlock:
         """Made by ``run()``."""
         self._watchdog = watchdog
         self._budgets = as_budgets(budgets)
+        check_actions(self._budgets, where="run(budgets=[...])")
         self._guards = tuple(guards)
         if not isinstance(tags or {}, Mapping):
             raise UsageError(

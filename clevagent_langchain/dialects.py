@@ -15,8 +15,9 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 from clevagent_core.calls import LLMCall
+from clevagent_core.providers import requests
 from clevagent_core.tickets import Ticket
-from clevagent_langchain import requests
+from clevagent_langchain.messages import items_of
 
 _FLOOR = 256
 """An ordinary answer cut below this many tokens is hardly worth its prompt."""
@@ -62,7 +63,7 @@ class Dialect:
             floor = limit or _WHOLE_FLOOR
         if facts.thinking_tokens:
             floor = max(floor, facts.thinking_tokens + _AFTER_THINKING)
-        items, is_opaque = requests.items_of(messages)
+        items, is_opaque = items_of(messages)
         own_name = self.model_name(model)
         name = requests.model_of(params) or own_name
         call = LLMCall(

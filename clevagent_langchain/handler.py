@@ -20,14 +20,17 @@ from langchain_core.outputs import LLMResult
 from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall
 from clevagent_core.errors import ClevAgentError
+from clevagent_core.providers import requests
+from clevagent_core.providers.outcomes import fail, tell_unusable
+from clevagent_core.providers.usage import UnusableUsage
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
-from clevagent_langchain import requests
-from clevagent_langchain.failures import may_be_billed
-from clevagent_langchain.models import GUARDED, root_run, tell_unusable
+from clevagent_langchain.failures import comes_from_a_callback
+from clevagent_langchain.messages import items_of
+from clevagent_langchain.models import GUARDED, root_run
 from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
-from clevagent_langchain.usage import UnusableUsage, from_error, from_llm_output, from_metadata, is_cached
+from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -129,14 +132,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         ticket = self._tracker().take_ticket(run_id)
         if ticket is None:
             return
-        try:
-            usage = from_error(error)
-        except UnusableUsage:
-            usage = None
-        if usage is not None:
-            ticket.settle(usage, error=error)
-        else:
-            ticket.fail(error, sent=may_be_billed(error))
+        fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
 
     # -- tool calls -------------------------------------------------------------------------------------------------------
 
@@ -246,7 +242,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             facts = requests.facts_of(params)
             is_opaque = False
             if messages and isinstance(messages[0], BaseMessage):
-                call.input, is_opaque = requests.items_of(messages)
+                call.input, is_opaque = items_of(messages)
             else:
                 call.input = list(messages)
             call.tools = facts.tools

@@ -37,12 +37,15 @@ from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.errors import UsageError
+from clevagent_core.providers.outcomes import fail, settle
+from clevagent_core.providers.retries import arepeat, repeat
+from clevagent_core.providers.usage import add
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
-from clevagent_langchain.failures import is_transient, may_be_billed, wait_before_retry
+from clevagent_langchain.failures import comes_from_a_callback
 from clevagent_langchain.results import Said, answer_of
-from clevagent_langchain.usage import UnusableUsage, add, from_error, from_llm_output, from_metadata
+from clevagent_langchain.usage import from_llm_output, from_metadata
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -264,19 +267,19 @@ def _generate(
             with inside:
                 result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
-            _failed(ticket, error)
+            _fail(ticket, error)
             raise
         finally:
             inside.end()
-        _settle(ticket, lambda: _usage_of(result), answer_of(result))
+        settle(ticket, lambda: _usage_of(result), answer_of(result))
         return result
 
     try:
         return attempt()
     except Exception as error:
-        if not guard.retries or not is_transient(error):
+        if not guard.retries:
             raise
-        return cast("ChatResult", _retrying(guard.retries)(_first_fails(error, attempt)))
+        return repeat(guard.retries, error, attempt)
 
 
 async def _agenerate(
@@ -297,19 +300,19 @@ async def _agenerate(
             with inside:
                 result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
         except BaseException as error:
-            _failed(ticket, error)
+            _fail(ticket, error)
             raise
         finally:
             inside.end()
-        _settle(ticket, lambda: _usage_of(result), answer_of(result))
+        settle(ticket, lambda: _usage_of(result), answer_of(result))
         return result
 
     try:
         return await attempt()
     except Exception as error:
-        if not guard.retries or not is_transient(error):
+        if not guard.retries:
             raise
-        return cast("ChatResult", await _aretrying(guard.retries)(_first_fails_async(error, attempt)))
+        return await arepeat(guard.retries, error, attempt)
 
 
 def _stream(
@@ -334,15 +337,15 @@ def _stream(
                 chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
                 return ticket, chunks, next(chunks, None)
         except BaseException as error:
-            _failed(ticket, error)
+            _fail(ticket, error)
             raise
 
     try:
         ticket, chunks, chunk = attempt()
     except Exception as error:
-        if not guard.retries or not is_transient(error):
+        if not guard.retries:
             raise
-        ticket, chunks, chunk = _retrying(guard.retries)(_first_fails(error, attempt))
+        ticket, chunks, chunk = repeat(guard.retries, error, attempt)
     told = _Told()
     try:
         while chunk is not None:
@@ -356,7 +359,7 @@ def _stream(
         raise
     finally:
         inside.end()
-    _settle(ticket, told.usage, told.answer())
+    settle(ticket, told.usage, told.answer())
 
 
 async def _astream(
@@ -382,15 +385,15 @@ async def _astream(
                 chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
                 return ticket, chunks, await anext(chunks, None)
         except BaseException as error:
-            _failed(ticket, error)
+            _fail(ticket, error)
             raise
 
     try:
         ticket, chunks, first = await attempt()
     except Exception as error:
-        if not guard.retries or not is_transient(error):
+        if not guard.retries:
             raise
-        ticket, chunks, first = await _aretrying(guard.retries)(_first_fails_async(error, attempt))
+        ticket, chunks, first = await arepeat(guard.retries, error, attempt)
     told = _Told()
     try:
         while first is not None:
@@ -404,7 +407,7 @@ async def _astream(
         raise
     finally:
         inside.end()
-    _settle(ticket, told.usage, told.answer())
+    settle(ticket, told.usage, told.answer())
 
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
@@ -469,52 +472,15 @@ def _is_inside(model: BaseChatModel, run_manager: Any) -> bool:
     return inside is not None and inside.is_of(model, run_manager)
 
 
-def _settle(ticket: Ticket, read: Callable[[], Usage | None], answer: object = None) -> None:
-    usage = None
-    try:
-        usage = read()
-    except UnusableUsage as problem:
-        tell_unusable(ticket, problem)
-    except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
-        logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
-    ticket.settle(usage, result=answer)
-
-
-def tell_unusable(ticket: Ticket, problem: UnusableUsage) -> None:
-    """Tell that a provider's report cannot be true, and that the call is charged its upper bound."""
-    from clevagent_core.verdicts import Incident  # noqa: PLC0415 - off the hot path
-
-    run, call = ticket.run, ticket.call
-    model = call.model if isinstance(call, LLMCall) else call.tool
-    run.watchdog.tell(
-        Incident(
-            kind="usage",
-            message=(
-                f"The provider of {model!r} reported usage that cannot be a token count ({problem}), so the call is charged its "
-                "upper bound. What is spent may be told too high; it is never told too low."
-            ),
-            agent=run.watchdog.settings.agent,
-            run_id=run.run_id,
-            at=run.watchdog.clock.wall(),
-        )
-    )
-
-
-def _failed(ticket: Ticket, error: BaseException) -> None:
-    try:
-        usage = from_error(error)
-    except UnusableUsage:
-        usage = None
-    if usage is not None:
-        ticket.settle(usage, error=error)
-    else:
-        ticket.fail(error, sent=may_be_billed(error))
+def _fail(ticket: Ticket, error: BaseException) -> None:
+    # What somebody's handler raised, whatever it looks like, tells nothing of the request.
+    fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
 
 
 def _broken_off(ticket: Ticket, told: _Told, error: BaseException) -> None:
     # The report comes last: a stream that was broken off before it may still be billed in full.
     if told.is_final:
-        _settle(ticket, told.usage)
+        settle(ticket, told.usage)
     else:
         ticket.charge(error)
 
@@ -661,46 +627,3 @@ def _takes_run_manager(method: Callable[..., object]) -> bool:
 
     parameters = signature(method).parameters
     return "run_manager" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def _first_fails(error: Exception, attempt: Callable[[], Any]) -> Callable[[], Any]:
-    """Let the attempt that was already made be the first one that tenacity sees."""
-    pending = [error]
-
-    def attempt_again() -> Any:
-        if pending:
-            raise pending.pop()
-        return attempt()
-
-    return attempt_again
-
-
-def _first_fails_async(error: Exception, attempt: Callable[[], Any]) -> Callable[[], Any]:
-    again = _first_fails(error, attempt)
-
-    async def attempt_again() -> Any:
-        return await again()
-
-    return attempt_again
-
-
-def _retrying(retries: int) -> Any:
-    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
-
-    return tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(retries + 1),
-        wait=wait_before_retry,
-        retry=tenacity.retry_if_exception(is_transient),
-        reraise=True,
-    )
-
-
-def _aretrying(retries: int) -> Any:
-    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
-
-    return tenacity.AsyncRetrying(
-        stop=tenacity.stop_after_attempt(retries + 1),
-        wait=wait_before_retry,
-        retry=tenacity.retry_if_exception(is_transient),
-        reraise=True,
-    )

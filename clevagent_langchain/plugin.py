@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clevagent_core.budgets import check_actions
 from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from clevagent_core.budgets import Budget
+    from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.watchdog import Watchdog
 
 
@@ -18,13 +19,23 @@ class LangChainPlugin:
     """Guards chat models, and attaches to every callback manager."""
 
     @hookimpl
-    def clevagent_guard(self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
+    def clevagent_guard(
+        self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None
+    ) -> object | None:
         """Guard a chat model, or the one inside a binding (``model.bind_tools(...)``)."""
         if "langchain_core.language_models" not in sys.modules:
             return None  # then obj cannot be a model
         from clevagent_langchain.models import guard_model  # noqa: PLC0415 - imports LangChain
 
-        return guard_model(obj, watchdog, budgets)
+        guarded = guard_model(obj, watchdog, budgets)
+        if guarded is not None:
+            check_actions(budgets, where="guard(model)")
+            if on_exceed is not None and not budgets:
+                raise UsageError(
+                    f"guard(model, on_exceed={on_exceed!r}) has no budgets of its own to which that could apply. "
+                    "Give budgets=[...] beside it, or say on_exceed in the budgets of init() or run()."
+                )
+        return guarded
 
     @hookimpl
     def clevagent_attach(self, name: str, watchdog: Watchdog) -> bool | None:

@@ -1,8 +1,7 @@
-"""What a LangChain model is about to send, as an ``LLMCall``: read from messages and parameters, never from a tokenizer.
+"""What the parameters of a request tell of its cost, whoever sends it: an SDK, or a framework that hands them on to one.
 
 Output limits stand under several keys, and the largest may be the one that is sent (a limit of the constructor and one of the
-call go out side by side), so the largest counts. ``ls_model_name`` tells a model that was overridden for one call, where
-``invocation_params["model_name"]`` is stale. Checked with langchain-core 1.7.
+call go out side by side), so the largest counts. The keys are those of the OpenAI and Anthropic APIs and of frameworks over them.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from clevagent_core.bounds import is_opaque
 
@@ -41,26 +38,6 @@ _NO_TEXT = frozenset({
 _READ_ELSEWHERE = frozenset({
     *_NO_TEXT, *_NESTED, "n", "tools", "tool_choice", "thinking", "ls_structured_output_format", "use_previous_response_id",
 })  # fmt: skip
-_SENT_BESIDE = ("tool_calls", "invalid_tool_calls", "tool_call_id", "name")
-_PLAIN = frozenset({HumanMessage, SystemMessage})
-
-
-def items_of(messages: Sequence[BaseMessage]) -> tuple[list[object], bool]:
-    """What each message sends, as plain text and nestings of it (the same objects for the same messages); and whether any of it
-    is something that its text cannot bound.
-
-    Runs over the whole history for every call, so it reads the fields where pydantic keeps them.
-    """  # noqa: D205 - two results
-    items: list[object] = []
-    is_any_opaque = False
-    for message in messages:
-        fields = message.__dict__
-        content = fields["content"]
-        if type(content) is not str and is_opaque(content):
-            is_any_opaque = True
-        is_plain = type(message) in _PLAIN and fields["name"] is None
-        items.append(content if is_plain else _item(content, fields))
-    return items, is_any_opaque
 
 
 def largest_limit(params: Mapping[str, Any]) -> int | None:
@@ -186,18 +163,6 @@ def _largest(params: Mapping[str, Any]) -> int | None:
         if type(value) is int and value > 0 and (largest is None or value > largest):
             largest = value
     return largest
-
-
-def _item(content: object, fields: Mapping[str, Any]) -> object:
-    parts = [fields[name] for name in _SENT_BESIDE if fields.get(name)]
-    extra = fields["additional_kwargs"]
-    if extra:
-        # The same tool calls stand there once more, as the provider wrote them; else they are sent from there.
-        told = {"tool_calls", "refusal"} if fields.get("tool_calls") or fields.get("invalid_tool_calls") else {"refusal"}
-        rest = {key: value for key, value in extra.items() if key not in told}
-        if rest:
-            parts.append(rest)
-    return (content, *parts) if parts else content
 
 
 def _schema(value: object) -> object:

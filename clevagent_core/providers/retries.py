@@ -1,0 +1,62 @@
+"""Repeating a failed attempt as the SDKs do: their own retries are switched off, because each one of them bills unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from clevagent_core.providers.failures import is_transient, wait_before_retry
+
+T = TypeVar("T")
+
+
+def repeat(retries: int, error: Exception, attempt: Callable[[], T]) -> T:
+    """Make up to ``retries`` further attempts after the first, which failed with ``error``; waits between them.
+
+    Raises:
+        Exception: what the last attempt failed with, or ``error`` at once where the SDK would not have tried again.
+
+    """
+    if not retries or not is_transient(error):
+        raise error
+    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=wait_before_retry,
+        retry=tenacity.retry_if_exception(is_transient),
+        reraise=True,
+    )
+    return retrying(_after(error, attempt))
+
+
+async def arepeat(retries: int, error: Exception, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Do what ``repeat`` does, waiting without blocking the event loop."""
+    if not retries or not is_transient(error):
+        raise error
+    import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
+
+    retrying = tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=wait_before_retry,
+        retry=tenacity.retry_if_exception(is_transient),
+        reraise=True,
+    )
+    again = _after(error, attempt)
+
+    async def attempt_again() -> T:
+        return await again()
+
+    return await retrying(attempt_again)
+
+
+def _after(error: Exception, attempt: Callable[[], T]) -> Callable[[], T]:
+    """Let the attempt that was already made be the first one that tenacity sees."""
+    pending = [error]
+
+    def attempt_again() -> T:
+        if pending:
+            raise pending.pop()
+        return attempt()
+
+    return attempt_again

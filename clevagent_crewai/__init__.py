@@ -1,0 +1,1 @@
+"""ClevAgent for CrewAI."""
