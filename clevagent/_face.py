@@ -12,6 +12,7 @@ from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
 from clevagent_core.money import to_pico
+from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import RunBlock, Watchdog
 
 T = TypeVar("T")
@@ -25,8 +26,8 @@ def init(**settings: Any) -> Watchdog:
 
     Args:
         settings: the fields of ``clevagent_core.settings.Settings``: ``agent``, ``budgets``, ``prices``, ``ledger``, ``attach``,
-            ``plugins``, ``block``, ``on_loop``, ``dry_run``, ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``,
-            ``unknown_price``.
+            ``auto_cost``, ``plugins``, ``block``, ``on_loop``, ``on_cost_exceeded``, ``api_key``, ``endpoint``, ``interval``, ``dry_run``,
+            ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``, ``unknown_price``.
 
     Raises:
         UsageError: a setting that is unknown or wrong, or a second ``init`` with other settings.
@@ -72,9 +73,11 @@ def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None 
     """Make ``obj`` ask before each call that costs something. Gives back a guarded copy of the same type.
 
     Args:
-        obj: a LangChain chat model, or one with tools bound.
+        obj: a LangChain chat model, or one with tools bound; a compiled LangGraph graph; a crew, an agent, a flow or an LLM of CrewAI; a
+            client of ``openai`` or ``anthropic``.
         budgets: ceilings for this object, beside those of the run and of the process.
-        on_exceed: what happens at these ceilings, instead of what each of them says.
+        on_exceed: what happens at these ceilings, instead of what each of them says; for a graph or a crew, which can end
+            gracefully (``halt``, ``ask``), at every ceiling that stops it.
         watchdog: another watchdog than the process's own.
 
     Raises:
@@ -89,8 +92,9 @@ def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None 
     if guarded is None:
         raise UsageError(
             f"guard() does not know how to guard a {type(obj).__module__}.{type(obj).__qualname__}, so its calls would go out "
-            "unchecked. It guards LangChain chat models (install the [langchain] extra); guard the model that you build an agent, "
-            "a graph or a chain with, or use `with clevagent.llm_call(...)` around the request."
+            "unchecked. It guards chat models of LangChain, compiled graphs of LangGraph, crews, agents, flows and LLMs of CrewAI, and clients "
+            "of openai and anthropic (`clevagent plugins` lists what is loaded); for anything else, guard the model that it is built "
+            "with, or use `with clevagent.llm_call(...)` around the request."
         )
     return cast("T", guarded)
 
@@ -154,9 +158,39 @@ def tool_call(name: str, arguments: object = None, *, node: str | None = None) -
     return ToolCallBlock(default.current, name=name, arguments=arguments, node=node)
 
 
-def ping(status: str = "ok", message: str = "", *, meta: Mapping[str, object] | None = None) -> None:
-    """Tell a sign of progress of the current run. Never blocks, never raises for what observers do."""
-    detail: dict[str, object] = {"message": message, **(meta or {})} if message or meta else {}
+def ping(
+    status: str = "ok",
+    message: str = "",
+    tokens_used: int | None = None,
+    cost_usd: float | None = None,
+    tool_calls: int | None = None,
+    iteration_count: int | None = None,
+    memory_mb: float | None = None,
+    custom: Mapping[str, object] | None = None,
+    *,
+    meta: Mapping[str, object] | None = None,
+) -> None:
+    """Tell a sign of progress of the current run. Never blocks, never raises for what observers do.
+
+    Args:
+        status: ``ok``, ``warning``, ``error``, or a word of your own (``step_complete``).
+        message: what is going on, for people.
+        tokens_used: tokens used since the ping before, where nothing here saw the calls; recorded as ``log_cost`` does.
+        cost_usd: what they did cost, in US dollars.
+        tool_calls: how many tools were called since the ping before, where nothing here saw them.
+        iteration_count: how far a loop of yours is.
+        memory_mb: memory in use, in megabytes.
+        custom: what else there is to tell; the older name of ``meta``.
+        meta: what else there is to tell.
+
+    Raises:
+        UsageError: an amount that cannot be one.
+
+    """
+    if tokens_used or cost_usd or tool_calls:
+        _log(tokens=tokens_used, cost_usd=cost_usd, tool_calls=tool_calls, who="ping", tokens_name="tokens_used")
+    told = {"message": message or None, "iteration_count": iteration_count, "memory_mb": memory_mb}
+    detail = {name: value for name, value in told.items() if value is not None} | dict(custom or {}) | dict(meta or {})
     default.current().current_run().step(Step(kind="ping", name=status, detail=detail))
 
 
@@ -164,46 +198,117 @@ def log_cost(
     tokens: int | None = None,
     cost_usd: float | None = None,
     model: str | None = None,
+    tool_calls: int | None = None,
+    iteration_count: int | None = None,
     *,
+    cost: float | None = None,
     input_tokens: int = 0,
     output_tokens: int = 0,
 ) -> None:
     """Record a model call that was made without being asked for: it is spent, and counts against every budget it belongs to.
 
-    It is always recorded, even past a ceiling, and raises nothing then: the next guarded call is refused.
+    It is always recorded, even past a ceiling, and raises nothing then: the next guarded call is refused. Without a cost it is
+    worked out from ``model`` and the tokens; where input and output are not known apart, all are taken to be of the dearer kind.
+    Where the model has no price either, the tokens count, and it is told (once) that budgets in US dollars do not see them.
 
     Args:
         tokens: all tokens, where input and output are not known apart.
-        cost_usd: what it did cost; worked out from ``model`` and the token counts when not given.
+        cost_usd: what it did cost, in US dollars.
         model: the model's name.
+        tool_calls: how many tools were called beside it, where nothing here saw them.
+        iteration_count: how far a loop of yours is; told as progress.
+        cost: another name of ``cost_usd``.
         input_tokens: input tokens.
         output_tokens: output tokens.
 
     Raises:
-        UsageError: neither a cost nor a priced model with its tokens; a negative amount.
+        UsageError: nothing to record; a negative amount, or one that is no number; both ``cost`` and ``cost_usd``.
 
     """
-    for name, count in (("tokens", tokens or 0), ("input_tokens", input_tokens), ("output_tokens", output_tokens)):
-        if type(count) is not int or count < 0:
-            raise UsageError(
-                f"log_cost({name}={count!r}) is not a token count, so nothing was recorded. Give a whole number of at least 0."
-            )
-    watchdog = default.current()
-    call = LLMCall(model=model or "unknown", tool=watchdog.tool.get())
-    usage = Usage(input_tokens=(tokens or 0) + input_tokens, output_tokens=output_tokens)
-    if cost_usd is not None:
-        cost = to_pico(cost_usd, what="cost_usd")
-    else:
-        rates = watchdog.rates(call) if model else None
-        if rates is None or not (input_tokens or output_tokens):
-            raise UsageError(
-                f"log_cost(tokens={tokens!r}, model={model!r}, input_tokens={input_tokens}, output_tokens={output_tokens}) tells "
-                "no cost: give cost_usd=..., or the name of a model with a price and its input_tokens= and output_tokens=."
-            )
-        cost = rates.cost(usage)
-    watchdog.current_run().log(call, usage, cost)
+    if cost is not None and cost_usd is not None:
+        raise UsageError(
+            f"log_cost(cost_usd={cost_usd!r}, cost={cost!r}) gives the cost twice, so nothing was recorded. Give one of them."
+        )
+    _log(
+        tokens=tokens,
+        cost_usd=cost if cost_usd is None else cost_usd,
+        model=model,
+        tool_calls=tool_calls,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+    )
+    if iteration_count is not None:
+        log_iteration(iteration_count)
 
 
 def log_tool_call(name: str, args_summary: object = None) -> None:
     """Record a tool call that was made without being asked for. It counts; the next guarded call may be refused."""
     default.current().current_run().log(ToolCall(tool=name, arguments=args_summary), Usage(), None)
+
+
+def log_iteration(count: int | None = None) -> None:
+    """Tell that a loop of yours has gone round: a sign of progress, like ``ping``.
+
+    Args:
+        count: how often it has so far; counted for the run when not given.
+
+    """
+    run = default.current().current_run()
+    if count is None:
+        count = run.state[log_iteration] = run.state.get(log_iteration, 0) + 1
+    run.step(Step(kind="ping", name="iteration", detail={"iteration_count": count}))
+
+
+def _log(
+    *,
+    tokens: int | None,
+    cost_usd: float | None,
+    tool_calls: int | None,
+    model: str | None = None,
+    input_tokens: int = 0,
+    output_tokens: int = 0,
+    who: str = "log_cost",
+    tokens_name: str = "tokens",
+) -> None:
+    counts = {tokens_name: tokens or 0, "input_tokens": input_tokens, "output_tokens": output_tokens, "tool_calls": tool_calls or 0}
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise UsageError(f"{who}({name}={count!r}) is no count, so nothing was recorded. Give a whole number of at least 0.")
+    if cost_usd is None and not any(counts.values()):
+        raise UsageError(
+            f"{who}({tokens_name}={tokens!r}, model={model!r}, input_tokens={input_tokens}, output_tokens={output_tokens}) tells neither a "
+            "cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of a model and its input_tokens= and "
+            "output_tokens=."
+        )
+    watchdog = default.current()
+    run = watchdog.current_run()
+    paid = None if cost_usd is None else to_pico(cost_usd, what="cost_usd")
+    if paid is not None or tokens or input_tokens or output_tokens:
+        call = LLMCall(model=model or "unknown", tool=watchdog.tool.get(), node=watchdog.node.get())
+        usage = Usage(input_tokens=(tokens or 0) + input_tokens, output_tokens=output_tokens)
+        run.log(call, usage, _cost_of(watchdog, call, tokens or 0, usage) if paid is None else paid)
+    for _ in range(tool_calls or 0):
+        run.log(ToolCall(tool="unknown"), Usage(), None)
+
+
+def _cost_of(watchdog: Watchdog, call: LLMCall, undivided: int, usage: Usage) -> int | None:
+    rates = watchdog.rates(call)
+    if rates is None:
+        watchdog.tell_once(
+            Incident(
+                kind="price",
+                message=(
+                    f"Tokens of the model {call.model!r} were recorded without a cost, and no price of it is known: they count in tokens "
+                    "and calls, and budgets in US dollars do not see them. Give cost_usd=... with them, or a price: "
+                    f"clevagent.init(prices={{{call.model!r}: clevagent.Price(input=..., output=...)}}). (Told once for each model.)"
+                ),
+                agent=watchdog.settings.agent,
+                run_id=watchdog.current_run().run_id,
+                at=watchdog.clock.wall(),
+            ),
+            key=call.model,
+        )
+        return None
+    as_output = Usage(input_tokens=usage.input_tokens - undivided, output_tokens=usage.output_tokens + undivided)
+    costs = [cost for cost in (rates.cost(usage), rates.cost(as_output)) if cost is not None]
+    return max(costs, default=None)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from clevagent_core.budgets import OUTPUT_TOKENS, TOKENS, USD, Amounts, Budget, window_at
+from clevagent_core.budgets import GRACEFUL, OUTPUT_TOKENS, TOKENS, USD, Amounts, Budget, OnExceed, window_at
 from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import Account, AccountKey, Line, Notice, StaleAccount
@@ -64,7 +64,7 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     for budget, anchor in scopes(run, extra):
         if not budget.covers(call):
             continue
-        enforced = budget.on_exceed != "warn" and not run.dry_run
+        enforced = action_of(run, budget) != "warn" and not run.dry_run
         for unit, ceiling in budget.limits():
             account = _open(run, anchor, budget, unit, ceiling, call.thread_id, is_enforced=enforced)
             known = lines.get(id(account))
@@ -77,6 +77,14 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     enforced_units = frozenset(line.unit for line in found if line.enforced)
     clamped = tuple(unit for unit in _OUTPUT_UNITS if unit in enforced_units)
     return Cover(found, budgets, valid_until, enforced_units, clamped, extra)
+
+
+def action_of(run: Run, budget: Budget) -> OnExceed:
+    """What happens at a ceiling: what ``init(on_cost_exceeded=...)`` says, else what the budget says."""
+    ruling = run.watchdog.settings.on_cost_exceeded
+    if ruling is None or (ruling == "raise" and budget.on_exceed in tuple(GRACEFUL)):
+        return budget.on_exceed  # to end gracefully is a way of stopping
+    return ruling
 
 
 def accounts_of(run: Run) -> list[tuple[Budget, Account]]:

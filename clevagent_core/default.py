@@ -90,7 +90,13 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _already(old: Settings, new: Settings, *, implicit: bool) -> str:
     changed = [name for name in vars(new) if getattr(old, name) != getattr(new, name)]
-    values = "; ".join(f"{name} is {getattr(old, name)!r}, and is now given as {getattr(new, name)!r}" for name in changed)
+    values = "; ".join(
+        # A key is not for logs.
+        "api_key is another one"
+        if name == "api_key"
+        else f"{name} is {getattr(old, name)!r}, and is now given as {getattr(new, name)!r}"
+        for name in changed
+    )
     how = "was started by the first call that needed it, with the settings of the environment" if implicit else "is already running"
     return (
         f"clevagent.init() was called a second time with other settings: {values}. The watchdog of this process {how}, and what it "

@@ -3,7 +3,7 @@
     configure -> run_started -> [ before_call -> reserve -> (the call) -> call_settled | call_failed ]*  step*  incident*
               -> run_ended -> unconfigure
 
-and, asked whenever they are needed, the providers: guard, attach, price, bound, ledger.
+and, asked whenever they are needed, the providers: guard, attach, attachable, price, bound, ledger.
 
 A plugin is any object whose methods carry ``@hookimpl``; every built-in of ClevAgent is one. Three kinds of hooks:
 
@@ -21,7 +21,7 @@ checked when the plugin is registered. Of the others, only ``guard``, ``attach``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -140,6 +140,15 @@ def clevagent_attach(name: str, watchdog: Watchdog) -> bool | None:
 
     ``None`` means "not mine"; ``True`` that it is attached until ``clevagent_unconfigure``. What it raises leaves ``init``.
     """
+
+
+@hookspec
+def clevagent_attachable() -> Mapping[str, str]:
+    """Name what ``clevagent_attach`` can attach to, each with the module whose import tells that it is in use.
+
+    Asked for ``init(attach="auto")``; imports nothing. Raising is logged, and the plugin passed over.
+    """
+    raise AssertionError  # pragma: no cover - a specification is never called
 
 
 @hookspec(firstresult=True)

@@ -235,6 +235,18 @@ class Plugins:
         """Ask who can attach to the framework ``name``."""
         return bool(self._manager.hook.clevagent_attach(name=name, watchdog=watchdog))
 
+    def attachable(self) -> dict[str, str]:
+        """Ask what can be attached to: names, each with the module whose import tells that it is in use."""
+        found: dict[str, str] = {}
+        for implementation in self._implementations("clevagent_attachable"):
+            try:
+                found = {**_call(implementation), **found}
+            except Exception:  # whose code: a plugin's; it is passed over, and the others are asked
+                logger.exception(
+                    "The plugin %r could not tell what it attaches to; it was passed over.", implementation.plugin_name
+                )
+        return found
+
     def price(self, model: str, provider: str | None, service_tier: str | None) -> Rates | None:
         """Ask for a model's rates; a provider that fails counts as one that does not know."""
         found = self._first("clevagent_price", model=model, provider=provider, service_tier=service_tier)

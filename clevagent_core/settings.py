@@ -16,17 +16,26 @@ from clevagent_core.pricing import Price
 from clevagent_core.verdicts import Incident
 
 ENV_PREFIX = "CLEVAGENT_"
+_AUTO_ATTACH = "auto_attach"
+"""A flag in the environment that says what ``attach="auto"`` says in code."""
 
 Estimate = Literal["upper", "expected"]
 UnknownPrice = Literal["refuse", "allow"]
+OnCostExceeded = Literal["warn", "raise"] | Callable[[Incident], object]
 OnLoop = Literal["warn", "raise"] | Callable[[Incident], object]
 
 
-def _setting(default: Any, read: Callable[[str], Any] | None = None, *, factory: Callable[[], Any] | None = None) -> Any:
+def _setting(
+    default: Any,
+    read: Callable[[str], Any] | None = None,
+    *,
+    factory: Callable[[], Any] | None = None,
+    repr: bool = True,  # noqa: A002 - as field's
+) -> Any:
     metadata = {"read": read}
     if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=factory, metadata=metadata, repr=repr)
+    return field(default=default, metadata=metadata, repr=repr)
 
 
 def _read_flag(text: str) -> bool:
@@ -74,6 +83,28 @@ def _read_budgets(text: str) -> tuple[Budget, ...]:
     return tuple(budgets)
 
 
+def check_on_cost_exceeded(action: object) -> OnCostExceeded:
+    """Take an action for every ceiling as it was given; the published names are turned into ours.
+
+    Raises:
+        UsageError: no such action, or one that belongs to a budget of a graph or a crew.
+
+    """
+    known = ACTION_NAMES.get(action, action) if isinstance(action, str) else action
+    if known not in ("warn", "raise") and not callable(known):
+        raise UsageError(
+            f"on_cost_exceeded={action!r} is no action for every ceiling of a process, so nothing was set. Use 'warn' (or 'alert_only'), "
+            "'raise' (or 'stop'), or a callable that gets the incident; a graceful end belongs to a framework: "
+            "clevagent.guard(graph, budgets=[...], on_exceed='halt')."
+        )
+    if is_async(known):
+        raise UsageError(
+            f"on_cost_exceeded={action!r} is an async function, and nothing would wait for it: calls are checked in sync code too. Give "
+            "a plain function; it may schedule what has to be awaited."
+        )
+    return cast("OnCostExceeded", known)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that can be set. Each field is also the environment variable ``CLEVAGENT_`` + its name in capitals."""
@@ -88,7 +119,11 @@ class Settings:
     """Where accounts are kept. ``memory``: in the process. ``sqlite:///path`` or a path: in a file, which all processes of a machine
     share and which outlives them."""
     attach: tuple[str, ...] = _setting((), _read_names)
-    """Frameworks to attach to as a whole, without a change to the code that uses them: ``langchain``."""
+    """Frameworks to attach to as a whole, without a change to the code that uses them: ``langchain``, ``crewai``, ``openai``,
+    ``anthropic``; or ``auto``: each of them that is, or later gets, imported. ``CLEVAGENT_AUTO_ATTACH=1`` means the last."""
+    auto_cost: bool | None = _setting(None, _read_flag)
+    """Whether the clients of ``openai`` and ``anthropic`` are attached to when they are imported. ``None``: where ``api_key`` is given,
+    as programs written for the hosted service expect."""
     plugins: tuple[object, ...] = _setting(())
     """Plugins of your own, beside those that are installed. Not in the environment."""
     block: tuple[str, ...] = _setting((), _read_names)
@@ -97,6 +132,15 @@ class Settings:
     """What happens when a run repeats itself: ``warn`` tells; ``raise`` refuses every later call of the run with ``LoopDetected``; a
     callable gets the incident, and the run goes on if it returns ``"warn"``. ``alert_only`` and ``stop`` are accepted for the first
     two."""
+    on_cost_exceeded: OnCostExceeded | None = _setting(None, check_on_cost_exceeded)
+    """What happens at every ceiling, whatever its budget says in ``on_exceed``: ``warn``, ``raise`` or a callable, also as ``alert_only``
+    and ``stop``. ``None``: what each budget says, which is ``raise`` where it says nothing."""
+    api_key: str | None = _setting(None, str, repr=False)
+    """The key for the monitor at ``endpoint``."""
+    endpoint: str | None = _setting(None, str)
+    """Where the monitor is, as a URL."""
+    interval: float = _setting(30.0, _read_seconds)
+    """Seconds between two heartbeats."""
     dry_run: bool = _setting(default=False, read=_read_flag)
     """Work everything out and tell it, but stop nothing."""
     estimate: Estimate = _setting("upper", str)
@@ -125,29 +169,17 @@ class Settings:
             UsageError: an unknown name (the nearest known one is told), or a value that cannot be what it is given for.
 
         """
-        environment = os.environ if environment is None else environment
         specs = {spec.name: spec for spec in fields(cls)}
-        values: dict[str, Any] = {}
-        for variable, text in environment.items():
-            if not variable.startswith(ENV_PREFIX):
-                continue
-            name = variable.removeprefix(ENV_PREFIX).lower()
-            readers = {known: spec.metadata["read"] for known, spec in specs.items() if spec.metadata["read"] is not None}
-            if name not in readers:
-                raise UsageError(_unknown(variable, [ENV_PREFIX + known.upper() for known in readers], "environment variable"))
-            try:
-                values[name] = readers[name](text)
-            except ValueError as error:
-                raise UsageError(
-                    f"The environment variable {variable}={text!r} cannot be used: it {error}. Correct it, or unset it."
-                ) from error
-            except UsageError as error:
-                raise UsageError(f"The environment variable {variable}={text!r} cannot be used: {error}") from error
+        values = _from_environment(os.environ if environment is None else environment)
         for name, value in arguments.items():
             if name not in specs:
                 raise UsageError(_unknown(name, list(specs), "setting"))
             if value is not None:
                 values[name] = tuple(value) if isinstance(value, list) else value
+        if values.get("attach") == "auto":
+            values["attach"] = ("auto",)
+        if "on_cost_exceeded" in values:
+            values["on_cost_exceeded"] = check_on_cost_exceeded(values["on_cost_exceeded"])
         if "on_loop" in values:
             values["on_loop"] = check_on_loop(values["on_loop"], where="on_loop=")
         if isinstance(values.get("ledger"), os.PathLike):
@@ -171,12 +203,13 @@ class Settings:
             raise UsageError(
                 f"dry_run={self.dry_run!r} is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."
             )
+        self._check_monitor()
         self._check_prices()
         for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"{name}={value!r} is not known. Use {' or '.join(map(repr, allowed))}.")
-        for name, least in (("wait_s", 0), ("hold_s", 1), ("flush_s", 0)):
+        for name, least in (("wait_s", 0), ("hold_s", 1), ("flush_s", 0), ("interval", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
                 raise UsageError(
@@ -187,6 +220,19 @@ class Settings:
             raise UsageError(
                 f"assume_output_tokens={tokens!r} is no number of tokens, so no call could be priced by it. Give a whole number of at least 1."
             )
+
+    def _check_monitor(self) -> None:
+        if self.auto_cost is not None and not isinstance(self.auto_cost, bool):
+            raise UsageError(
+                f"auto_cost={self.auto_cost!r} is neither True nor False, so it is not clear whether raw clients are to be attached to. "
+                "Write auto_cost=True or auto_cost=False."
+            )
+        for name in ("api_key", "endpoint"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise UsageError(
+                    f"{name}={value!r} is no text, so the monitor could not be reached with it. Give it, or leave it out."
+                )
 
     def _check_prices(self) -> None:
         if not isinstance(self.prices, Mapping):
@@ -200,6 +246,30 @@ class Settings:
                     f"prices={{{model!r}: {price!r}}} is no Price, so its calls could not be priced. Write prices={{{model!r}: clevagent.Price(input=2.50, output=10)}} "
                     "(US dollars per million tokens)."
                 )
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    readers = {spec.name: spec.metadata["read"] for spec in fields(Settings) if spec.metadata["read"] is not None}
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        read = _read_flag if name == _AUTO_ATTACH else readers.get(name)
+        if read is None:
+            known = [ENV_PREFIX + known.upper() for known in (*readers, _AUTO_ATTACH)]
+            raise UsageError(_unknown(variable, known, "environment variable"))
+        try:
+            values[name] = read(text)
+        except ValueError as error:
+            raise UsageError(
+                f"The environment variable {variable}={text!r} cannot be used: it {error}. Correct it, or unset it."
+            ) from error
+        except UsageError as error:
+            raise UsageError(f"The environment variable {variable}={text!r} cannot be used: {error}") from error
+    if values.pop(_AUTO_ATTACH, False):
+        values.setdefault("attach", ("auto",))
+    return values
 
 
 def check_on_loop(on_loop: object, *, where: str) -> OnLoop:

@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -34,6 +34,8 @@ logger = logging.getLogger("clevagent")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_CLIENTS = frozenset({"openai", "anthropic"})
+"""What ``auto_cost`` attaches to."""
 _RATES = 4096
 _RECENT = 100
 
@@ -80,7 +82,7 @@ class Watchdog:
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
         self._has_started_run = False
-        self._has_told_thread = False
+        self._told: set[tuple[str, object]] = set()
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
@@ -106,6 +108,12 @@ class Watchdog:
         self.plugins.run_started(self.process_run)
         for name in self.settings.attach:
             self.attach(name)
+        if self.settings.auto_cost or (self.settings.auto_cost is None and self.settings.api_key is not None):
+            self._attach_when_imported({name: module for name, module in self.plugins.attachable().items() if name in _CLIENTS})
+        if self.settings.api_key is not None or self.settings.endpoint is not None:
+            logger.warning(
+                "ClevAgent takes api_key, endpoint and interval, and sends no heartbeats yet: what it guards, it guards in this process."
+            )
 
     @property
     def is_used(self) -> bool:
@@ -113,7 +121,7 @@ class Watchdog:
         return self._has_started_run or self.process_run.is_used
 
     def attach(self, name: str) -> None:
-        """Attach to a whole framework, until ``shutdown``.
+        """Attach to a whole framework, until ``shutdown``; ``auto``: to each that is imported, now or later.
 
         Raises:
             UsageError: no plugin can.
@@ -121,12 +129,22 @@ class Watchdog:
         """
         if name in self._attached:
             return
-        if not self.plugins.attach(name, self):
+        if name == "auto":
+            self._attach_when_imported(self.plugins.attachable())
+        elif not self.plugins.attach(name, self):
+            known = ", ".join(map(repr, ("auto", *sorted(self.plugins.attachable()))))
             raise UsageError(
-                f"attach={name!r}: no plugin can attach to that, so nothing of it would be guarded. "
-                "Known here: 'langchain' (pip install with the [langchain] extra). `clevagent plugins` lists what is loaded."
+                f"attach={name!r}: no plugin can attach to that, so nothing of it would be guarded. Known here: {known}. "
+                "`clevagent plugins` lists what is loaded."
             )
         self._attached.add(name)
+
+    def _attach_when_imported(self, modules: Mapping[str, str]) -> None:
+        import wrapt  # noqa: PLC0415 - takes as long as half of clevagent, and is only needed here
+
+        for name, module in modules.items():
+            # Hooks of imports cannot be taken back: they must not keep a watchdog alive.
+            wrapt.register_post_import_hook(partial(_attach_to_imported, weakref.ref(self), name), module)
 
     # -- runs -------------------------------------------------------------------------------------------------------------
 
@@ -161,9 +179,8 @@ class Watchdog:
             return deepest
         # Several at once: the run around all of them, if there is one, counts for certain.
         common = [run for run in deepest.chain() if all(run in other.chain() for other in runs)]
-        if not common and not self._has_told_thread:
-            self._has_told_thread = True
-            self.tell(
+        if not common:
+            self.tell_once(
                 Incident(
                     kind="thread",
                     message=(
@@ -174,7 +191,8 @@ class Watchdog:
                     agent=self.settings.agent,
                     run_id=self.process_run.run_id,
                     at=self.clock.wall(),
-                )
+                ),
+                key="",
             )
         return common[0] if common else self.process_run
 
@@ -265,6 +283,13 @@ class Watchdog:
         logger.warning("%s", incident.message, extra={"clevagent_incident": incident})
         self._teller.tell(incident)
 
+    def tell_once(self, incident: Incident, *, key: object) -> None:
+        """Tell an incident, unless one of its kind was told for ``key`` before."""
+        told = incident.kind, key
+        if told not in self._told:
+            self._told.add(told)
+            self.tell(incident)
+
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until observers have heard every incident, at most ``timeout_s`` (``flush_s``) seconds; tell how many are left."""
         return self._teller.flush(self.settings.flush_s if timeout_s is None else timeout_s)
@@ -291,6 +316,28 @@ class Watchdog:
 
 
 _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+
+
+def _attach_to_imported(reference: weakref.ref[Watchdog], name: str, module: object) -> None:  # noqa: ARG001 - as wrapt calls it
+    watchdog = reference()
+    if watchdog is None or watchdog._is_shut_down:  # noqa: SLF001 - the same module
+        return
+    try:
+        watchdog.attach(name)
+    except Exception as error:  # whose code: ours, inside the user's import; it must not fail for that, but it is told
+        logger.exception("ClevAgent could not attach to %s.", name)
+        watchdog.tell(
+            Incident(
+                kind="attach",
+                message=(
+                    f"{name} was imported, but ClevAgent could not attach to it ({error}), so its calls go out unchecked. Mend what is "
+                    f"told, or guard what is made with it: clevagent.guard(...). init(attach=[{name!r}]) fails instead of going on."
+                ),
+                agent=watchdog.settings.agent,
+                run_id=watchdog.process_run.run_id,
+                at=watchdog.clock.wall(),
+            )
+        )
 
 
 def _after_fork_in_child() -> None:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.tracers.context import register_configure_hook
 
-from clevagent_langchain.handler import ClevAgentCallbackHandler
-
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
+    from clevagent_langchain.handler import ClevAgentCallbackHandler
 
 
 class _Slot:
@@ -27,6 +26,12 @@ class _Slot:
 
     def get(self) -> ClevAgentCallbackHandler | None:
         """Give the handler to add."""
+        watchdog = self.watchdog
+        if self.handler is None and watchdog is not None:
+            # Not when it is attached: that may be in the middle of LangChain's own imports.
+            from clevagent_langchain.handler import ClevAgentCallbackHandler  # noqa: PLC0415 - as said
+
+            self.handler = ClevAgentCallbackHandler(watchdog=watchdog)
         return self.handler
 
 
@@ -37,13 +42,12 @@ _slots: list[_Slot] = []
 def attach(watchdog: Watchdog) -> None:
     """Add a handler of ``watchdog`` to every callback manager that LangChain configures from now on."""
     with _lock:
-        slot = next((slot for slot in _slots if slot.handler is None), None)
+        slot = next((slot for slot in _slots if slot.watchdog is None), None)
         if slot is None:
             slot = _Slot()
             register_configure_hook(cast("Any", slot), inheritable=True)
             _slots.append(slot)
         slot.watchdog = watchdog
-        slot.handler = ClevAgentCallbackHandler(watchdog=watchdog)
 
 
 def detach(watchdog: Watchdog) -> None:

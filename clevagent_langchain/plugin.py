@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from clevagent_core.budgets import check_actions
@@ -51,6 +51,11 @@ class LangChainPlugin:
             ) from error
         attach(watchdog)
         return True
+
+    @hookimpl
+    def clevagent_attachable(self) -> Mapping[str, str]:
+        """LangChain imports this module when it first looks for handlers to add, before it does."""
+        return {"langchain": "langchain_core.tracers.context"}
 
     @hookimpl
     def clevagent_unconfigure(self, watchdog: Watchdog) -> None:

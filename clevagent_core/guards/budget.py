@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clevagent_core.accounts import Cover, amounts_of, cover, tell_notices
+from clevagent_core.accounts import Cover, action_of, amounts_of, cover, tell_notices
 from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
 from clevagent_core.calls import Call, LLMCall, Usage
 from clevagent_core.errors import UsageError
@@ -238,7 +238,8 @@ class BudgetGuard:
             return Stop(incident=incident), False
         if refusal.first:
             run.watchdog.tell(incident)
-        if not callable(budget.on_exceed):
+        action = action_of(run, budget)
+        if not callable(action):
             return Stop(incident=incident), False
         if self._asking.get():
             # The callable makes calls of its own, which do not fit either: it is not asked about those.
@@ -246,7 +247,7 @@ class BudgetGuard:
         ceiling = refusal.balance.ceiling
         token = self._asking.set(True)
         try:
-            wanted = budget.on_exceed(incident)
+            wanted = action(incident)
         except Exception as error:
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
             return Stop(incident=replace(incident, details={"on_exceed_error": repr(error)})), False

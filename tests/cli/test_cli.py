@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,8 @@ from click.testing import CliRunner
 import clevagent
 from clevagent.cli import main
 from clevagent_core.plugins import BUILTINS
+
+OWN_ADAPTERS = [point for point in metadata.distribution("clevagent").entry_points if point.group == "clevagent"]
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_a_broken_plugin_is_told_with_its_reason_and_makes_the_exit_code_1(invok
     result = invoke("plugins")
     assert result.exit_code == 1
     assert " ".join(row_of(result.output, "engine")) == "engine engine-dist broken RuntimeError: [bold]no engine[/bold]"
-    assert f"1 of {len(BUILTINS) + 2} plugins is broken" in result.output
+    assert f"1 of {len(BUILTINS) + 1 + len(OWN_ADAPTERS)} plugins is broken" in result.output
     assert caplog.records == []
     assert not logging.getLogger("clevagent").disabled
 

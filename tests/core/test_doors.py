@@ -612,10 +612,13 @@ def test_a_cost_inside_a_tool_counts_against_the_tools_budget(init):
     "fields",
     [
         {},
-        {"tokens": 5},
-        {"tokens": 5, "model": "cent"},
-        {"model": "my-very-own", "input_tokens": 5},
+        {"model": "cent"},
+        {"tokens": -5},
+        {"tokens": 2.5},
         {"cost_usd": -1},
+        {"cost": -1},
+        {"cost": 1, "cost_usd": 1},
+        {"cost_usd": 1, "tool_calls": -1},
         {"cost_usd": float("nan")},
         {"cost_usd": 1, "input_tokens": -5},
     ],
@@ -629,8 +632,8 @@ def test_a_cost_that_cannot_be_told_is_refused_and_nothing_is_recorded(init, fie
 
 def test_the_message_of_a_cost_that_cannot_be_told(init):
     init()
-    assert message_of(clevagent.log_cost, tokens=5) == snapshot(
-        "log_cost(tokens=5, model=None, input_tokens=0, output_tokens=0) tells no cost: give cost_usd=..., or the name of a model with a price and its input_tokens= and output_tokens=."
+    assert message_of(clevagent.log_cost, model="cent") == snapshot(
+        "log_cost(tokens=None, model='cent', input_tokens=0, output_tokens=0) tells neither a cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of a model and its input_tokens= and output_tokens=."
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
 import clevagent
 from clevagent import (
@@ -651,12 +654,14 @@ def test_a_ledger_of_anybodys_is_opened_by_its_name(make, clock):
 def test_guard_asks_plugins_in_turn(make):
     class Mine:
         @hookimpl
-        def clevagent_guard(self, obj, watchdog, budgets):
-            return ("guarded", obj, watchdog, budgets) if obj == "mine" else None
+        def clevagent_guard(self, obj, watchdog, budgets, on_exceed):
+            return ("guarded", obj, watchdog, budgets, on_exceed) if obj == "mine" else None
 
     watchdog = make(plugins=[Mine()])
     budget = Budget(usd=1)
-    assert clevagent.guard("mine", budgets=[budget], watchdog=watchdog) == ("guarded", "mine", watchdog, (budget,))
+    assert clevagent.guard("mine", budgets=[budget], watchdog=watchdog) == ("guarded", "mine", watchdog, (budget,), None)
+    asking = Budget(usd=1, on_exceed="ask")
+    assert clevagent.guard("mine", budgets=[budget], on_exceed="ask", watchdog=watchdog)[3:] == ((asking,), "ask")
     with pytest.raises(UsageError, match=r"does not know how to guard a builtins\.str"):
         clevagent.guard("yours", watchdog=watchdog)
 
@@ -675,8 +680,88 @@ def test_attach_asks_plugins_in_turn_and_once_for_each_framework(make):
     watchdog = make(plugins=[Framework()], attach=["mine"])
     watchdog.attach("mine")
     assert attached == [watchdog]
-    with pytest.raises(UsageError, match="attach='yours': no plugin can attach to that"):
+    with pytest.raises(UsageError, match=r"attach='yours': no plugin can attach to that.* Known here: 'auto', .*'langchain'"):
         watchdog.attach("yours")
+
+
+class Attaches:
+    """A plugin that attaches to the module ``name``."""
+
+    def __init__(self, name, fails_with=None):
+        self.name = name
+        self.fails_with = fails_with
+        self.attached = []
+
+    @hookimpl
+    def clevagent_attachable(self):
+        return {self.name: self.name}
+
+    @hookimpl
+    def clevagent_attach(self, name, watchdog):
+        if name != self.name:
+            return None
+        if self.fails_with is not None:
+            raise self.fails_with
+        assert sys.modules[name].IS_DONE  # its own import is over
+        self.attached.append(watchdog)
+        return True
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that can be imported, and was not yet."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"framework_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text("IS_DONE = True")
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_auto_attaches_when_a_framework_is_imported_and_imports_none(make, module):
+    plugin = Attaches(module)
+    watchdog = make(plugins=[plugin], attach="auto")
+    assert plugin.attached == []
+    assert module not in sys.modules
+    importlib.import_module(module)
+    assert plugin.attached == [watchdog]
+    importlib.reload(sys.modules[module])
+    assert plugin.attached == [watchdog]
+
+
+def test_auto_attaches_at_once_to_what_is_imported_already(make, module):
+    importlib.import_module(module)
+    plugin = Attaches(module)
+    watchdog = make(plugins=[plugin], attach=["auto"])
+    assert plugin.attached == [watchdog]
+
+
+def test_auto_attaches_nothing_to_a_watchdog_that_was_shut_down(make, module):
+    plugin = Attaches(module)
+    make(plugins=[plugin], attach="auto").shutdown()
+    importlib.import_module(module)
+    assert plugin.attached == []
+
+
+def test_an_import_goes_on_where_auto_cannot_attach_and_it_is_told(make, module, heard):
+    watchdog = make(plugins=[Attaches(module, fails_with=UsageError("it is too old")), heard], attach="auto")
+    importlib.import_module(module)
+    assert watchdog.flush() == 0
+    assert [incident.message.replace(module, "MODULE") for incident in heard.incidents] == snapshot([
+    "MODULE was imported, but ClevAgent could not attach to it (it is too old), so its calls go out unchecked. Mend what is told, or guard what is made with it: clevagent.guard(...). init(attach=['MODULE']) fails instead of going on."
+])
+
+
+def test_a_plugin_that_cannot_tell_what_it_attaches_to_is_passed_over(make, module, caplog):
+    class Broken:
+        @hookimpl
+        def clevagent_attachable(self):
+            raise RuntimeError("no list")
+
+    plugin = Attaches(module)
+    watchdog = make(plugins=[Broken(), plugin], attach="auto")
+    importlib.import_module(module)
+    assert plugin.attached == [watchdog]
+    assert "could not tell what it attaches to" in caplog.text
 
 
 # -- guards of one run ------------------------------------------------------------------------------------------------------

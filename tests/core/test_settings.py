@@ -120,13 +120,13 @@ def test_messages_for_wrong_budgets_in_the_environment():
 
 def test_an_unknown_argument_names_the_nearest():
     assert message_of(resolve, budget=[Budget(usd=1)]) == snapshot(
-        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, assume_output_tokens, attach, block, budgets, dry_run, estimate, flush_s, hold_s, ledger, on_loop, plugins, prices, unknown_price, wait_s."
+        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, api_key, assume_output_tokens, attach, auto_cost, block, budgets, dry_run, endpoint, estimate, flush_s, hold_s, interval, ledger, on_cost_exceeded, on_loop, plugins, prices, unknown_price, wait_s."
     )
 
 
 def test_an_unknown_variable_names_the_nearest():
     assert message_of(resolve, {"CLEVAGENT_DRYRUN": "1"}) == snapshot(
-        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_DRY_RUN, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_LEDGER, CLEVAGENT_ON_LOOP, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
+        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_API_KEY, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_AUTO_ATTACH, CLEVAGENT_AUTO_COST, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_DRY_RUN, CLEVAGENT_ENDPOINT, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_INTERVAL, CLEVAGENT_LEDGER, CLEVAGENT_ON_COST_EXCEEDED, CLEVAGENT_ON_LOOP, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
     )
 
 

@@ -26,7 +26,8 @@ import clevagent
 from clevagent import Budget, BudgetExceeded
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_langchain import ClevAgentCallbackHandler, models
+from clevagent_core.providers import retries as clevagent_retries
+from clevagent_langchain import ClevAgentCallbackHandler
 
 TRIES = 50
 FITS = 10
@@ -105,7 +106,7 @@ def limited(kind, chat, anthropic, provider):
 
 @pytest.fixture
 def fast_retries(monkeypatch):
-    monkeypatch.setattr(models, "wait_before_retry", lambda state: 0.01)
+    monkeypatch.setattr(clevagent_retries, "wait_before_retry", lambda state: 0.01)
 
 
 def swallow(call):
