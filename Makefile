@@ -1,26 +1,45 @@
-# Each target sets up what it needs: a virtual environment in .venv, and the pinned packages of constraints.txt.
+# Each target sets up what it needs: virtual environments, with the pinned versions of the constraints files.
+#   .venv         the newest clients of OpenAI and Anthropic, LangChain, LangGraph
+#   .venv-crewai  everything, with the older clients that CrewAI asks for
+#   .venv-oldest  the oldest versions that are supported
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+CREWAI := .venv-crewai
+CREWAI_STAMP := $(CREWAI)/.installed
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test lint install bench bench-peers clean
+# What runs in an environment depends on the versions in it only here.
+ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples
+PARALLEL := -n auto
 
-demo: $(STAMP)
-	$(BIN)/clevagent demo
+.PHONY: demo test test-newest test-crewai test-oldest lint install bench bench-peers clean
 
-test: $(STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+demo: $(CREWAI_STAMP)
+	$(CREWAI)/bin/clevagent demo
 
-lint: $(STAMP)
+test: test-newest test-crewai
+
+test-newest: $(STAMP)
+	$(BIN)/pytest $(PARALLEL) --ignore=tests/crewai $(PYTEST_ARGS)
+
+test-crewai: $(CREWAI_STAMP)
+	$(CREWAI)/bin/pytest $(PARALLEL) $(ADAPTERS) $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/pytest $(PARALLEL) $(ADAPTERS) tests/langchain $(PYTEST_ARGS)
+
+lint: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(CREWAI)/bin/mypy
 
-bench: $(STAMP)
+bench: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/python benchmarks/hot_paths.py
 	$(BIN)/python benchmarks/ceilings.py
 	$(BIN)/python benchmarks/ledgers.py
@@ -32,10 +51,18 @@ bench-peers: $(PEERS_STAMP)
 	$(PEERS)/bin/python -m benchmarks.peers.costs
 	$(PEERS)/bin/python -m benchmarks.results --readme
 
-install: $(STAMP)
+install: $(STAMP) $(CREWAI_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
-	PYTHON=$(PYTHON) sh scripts/setup.sh $(VENV)
+	PYTHON=$(PYTHON) sh scripts/setup.sh $(VENV) dev constraints.txt
+	touch $@
+
+$(CREWAI_STAMP): pyproject.toml constraints-crewai.txt scripts/setup.sh
+	PYTHON=$(PYTHON) sh scripts/setup.sh $(CREWAI) crewai constraints-crewai.txt
+	touch $@
+
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt scripts/setup.sh
+	PYTHON=$(PYTHON) sh scripts/setup.sh $(OLDEST) crewai constraints-oldest.txt
 	touch $@
 
 $(PEERS_STAMP): pyproject.toml constraints.txt benchmarks/peers/requirements.txt scripts/peers.sh
@@ -43,4 +70,4 @@ $(PEERS_STAMP): pyproject.toml constraints.txt benchmarks/peers/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CREWAI) $(OLDEST) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Make the virtual environment for development, with the pinned packages of constraints.txt. Used by the Makefile.
+# Make a virtual environment for development: where, which group of pyproject.toml, with which pinned versions. Used by the Makefile.
 set -eu
 venv=$1
+group=$2
+constraints=$3
 python=${PYTHON:-python3}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -27,4 +29,4 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 # pip learned --group in 25.1.
 "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
-"$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable . --group dev
+"$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable . --group "$group"
