@@ -41,7 +41,7 @@ lint: $(STAMP) $(CREWAI_STAMP)
 
 bench: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/python benchmarks/hot_paths.py
-	$(BIN)/python benchmarks/ceilings.py
+	$(CREWAI)/bin/python benchmarks/ceilings.py
 	$(BIN)/python benchmarks/ledgers.py
 	$(BIN)/python -m benchmarks.results
 

@@ -105,10 +105,10 @@ def _plugin_table(states: Sequence[PluginState]) -> Table:
 
 @main.command("demo")
 def demo_command() -> None:
-    """See six runaway agents stopped, and what happens without a guard.
+    """See runaway agents stopped, and what happens without a guard.
 
-    Real LangChain agents and OpenAI's real client, against a provider on this machine that keeps the bill: no key, no account,
-    no network, no cost. Takes some twenty seconds. The exit code is 0 if every agent was stopped by what should stop it, no
+    Real agents of LangChain, LangGraph and (where it is installed) CrewAI, and OpenAI's real client, against a provider on this
+    machine that keeps the bill: no key, no account, no network, no cost. Takes half a minute. The exit code is 0 if every agent was stopped by what should stop it, no
     ceiling was passed and every ledger agrees with the bill.
     """
     missing = _missing_for_the_demo()

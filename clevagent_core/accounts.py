@@ -34,6 +34,8 @@ class Cover(NamedTuple):
 
 _USED = 256
 """From how many accounts on a run forgets those whose window is over."""
+RESUMABLE_S = 30 * 24 * 3600.0
+"""How long the accounts of a run that can be resumed are kept, from when it began; resumed later, it starts from zero."""
 _OUTPUT_UNITS = (USD, TOKENS, OUTPUT_TOKENS)
 
 
@@ -61,6 +63,9 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     """
     lines: dict[int, tuple[Line, Budget]] = {}
     valid_until = math.inf
+    if extra:
+        for current in run.chain():
+            current.lent.update({budget.label: budget for budget in extra})
     for budget, anchor in scopes(run, extra):
         if not budget.covers(call):
             continue
@@ -87,12 +92,19 @@ def action_of(run: Run, budget: Budget) -> OnExceed:
     return ruling
 
 
-def accounts_of(run: Run) -> list[tuple[Budget, Account]]:
-    """Every account of the budgets in force for ``run``, whatever their filters; a conversation's only where a tag names it."""
+def accounts_of(run: Run, thread_id: str | None = None, *, lent: bool = False) -> list[tuple[Budget, Account]]:
+    """Every account of the budgets in force for ``run``, whatever their filters.
+
+    Args:
+        run: the run.
+        thread_id: whose conversation ``per="thread"`` means; else a tag of the run must name it.
+        lent: with the budgets of guarded objects and nodes that were called in it.
+
+    """
     found: dict[int, tuple[Budget, Account]] = {}
-    for budget, anchor in scopes(run):
+    for budget, anchor in scopes(run, tuple(run.lent.values()) if lent else ()):
         for unit, ceiling in budget.limits():
-            account = _open(run, anchor, budget, unit, ceiling, None)
+            account = _open(run, anchor, budget, unit, ceiling, thread_id)
             found.setdefault(id(account), (budget, account))
     return list(found.values())
 
@@ -139,6 +151,8 @@ def _open(
     key = AccountKey(budget.label, unit, budget.key(run_id=anchor.run_id, thread_id=thread_id, tags=run.tags), window.label)
     is_own = budget.per == "run"
     account = anchor.accounts.get(key) if is_own else None
+    # What can be resumed has an end all the same, or abandoned work would fill the ledger.
+    ends_at = anchor.started_at + RESUMABLE_S if is_own and anchor.resumable else window.ends_at
     if account is None or account.closed:
         if is_enforced:
             _refuse_after_fork(anchor.pid if is_own else watchdog.pid, watchdog.ledger.survives_fork, budget)
@@ -148,9 +162,9 @@ def _open(
             ceiling=ceiling,
             keep=budget.keep if unit == USD else 0,
             warn_mark=int(ceiling * budget.warn_at),
-            ends_at=window.ends_at,
-            # In a forked child the run is its parent's, and goes on when the child has ended.
-            is_of_run=is_own and anchor.pid == os.getpid(),
+            ends_at=ends_at,
+            # In a forked child the run is its parent's, and goes on when the child has ended; one that is resumed goes on elsewhere.
+            is_of_run=is_own and anchor.pid == os.getpid() and not anchor.resumable,
         )
         if is_own:
             anchor.accounts[key] = account

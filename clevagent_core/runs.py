@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ class Run:
         run_id: str | None = None,
         dry_run: bool = False,
         guards: Plugins | None = None,
+        resumable: bool = False,
     ) -> None:
         """Made by ``Watchdog.start_run``."""
         self.watchdog = watchdog
@@ -79,6 +80,16 @@ class Run:
         """The accounts whose window is this run."""
         self.used: dict[AccountKey, Account] = {}
         """Every account that a call of this run, or of one nested in it, counted against."""
+        self.lent: dict[str, Budget] = {}
+        """The budgets of guarded objects and nodes that were called in it, or in one nested in it, by name: they can be topped up."""
+        self.resumable = resumable
+        """Whether it may go on later under the same id, here or in another process: its accounts outlive it."""
+        self.gates: dict[object, Callable[[Run], Stop | None]] = {}
+        """What guards that have stopped a whole run tree answer, before work begins that is no call itself; kept on its root."""
+        self.finished_nodes = 0
+        """How many nodes of graphs the loop guard has seen to their end in this run tree; kept on its root."""
+        self.stops: list[Incident] = []
+        """Why work in it, or in one nested in it, was ended gracefully."""
         self.memo: dict[object, Any] = {}
         """For guards: what they worked out for this run. Emptied when it grows large."""
         self.state: dict[object, Any] = {}
@@ -106,7 +117,7 @@ class Run:
             answer = self._wait(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
-        raise self._refused(answer)
+        raise self.refused(answer.incident)
 
     async def aopen(self, call: Call, extra: Sequence[Budget] = ()) -> Ticket:
         """Do what ``open`` does, waiting without blocking the event loop."""
@@ -117,7 +128,7 @@ class Run:
             answer = await self._await(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
-        raise self._refused(answer)
+        raise self.refused(answer.incident)
 
     def step(self, step: Step) -> None:
         """Tell a sign of progress."""
@@ -186,6 +197,7 @@ class Run:
         llm_calls: int = 0,
         tool_calls: int = 0,
         budget: str | None = None,
+        thread_id: str | None = None,
     ) -> None:
         """Raise a ceiling and open its latch; calls that wait go on.
 
@@ -196,7 +208,9 @@ class Run:
             output_tokens: by how many output tokens.
             llm_calls: by how many model calls.
             tool_calls: by how many tool calls.
-            budget: the budget's name. Not needed where only one budget of this run, or of those around it, has that limit.
+            budget: the budget's name. Not needed where only one budget of this run, of those around it, or of an object that was
+                guarded with budgets of its own and called in them, has that limit.
+            thread_id: the conversation whose ceiling is meant, of a ``per="thread"`` budget.
 
         Raises:
             UsageError: nothing to add, a negative amount, or no single budget that is meant.
@@ -216,9 +230,37 @@ class Run:
                 "counts are whole numbers, none is negative, and at least one is above 0. Give what to add, for example run.top_up(usd=1)."
             )
         # All are looked up before any is raised: a mistake in one amount leaves every ceiling as it was.
-        found = [(self._account_to_top_up(unit, budget), amount) for unit, amount in amounts.items() if amount]
+        found = [(self._account_to_top_up(unit, budget, thread_id), amount) for unit, amount in amounts.items() if amount]
         for account, amount in found:
             self.watchdog.ledger.top_up(account, amount)
+
+    def check(self) -> None:
+        """Ask whether the run was stopped, before a piece of work that is no call itself, as a node. Holds nothing.
+
+        Raises:
+            Stopped: a guard has stopped the run.
+
+        """
+        for gate in list(self.root.gates.values()):
+            stop = gate(self)
+            if stop is not None:
+                raise self.refused(stop.incident)
+
+    def refused(self, incident: Incident) -> Stopped:
+        """Count a refusal, and make the error that tells it. For adapters that refuse work which is no call itself, as a node."""
+        for run in self.chain():
+            with run._tally.lock:  # noqa: SLF001 - a run of the same chain
+                run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
+        kind = _ERRORS.get(incident.kind, Stopped)
+        through, ending = self.watchdog.through.get(), self.watchdog.ending.get()
+        if ending is not None:
+            through = _both(through, ending(incident))
+        return (kind if through is None else passing(kind, through))(incident)
+
+    def stopped_by(self, incident: Incident) -> None:
+        """Note that work in it was ended gracefully. For adapters that do so."""
+        for run in self.chain():
+            run.stops.append(incident)
 
     def forgive_loops(self) -> None:
         """Let the run go on after ``LoopDetected``: what has repeated so far is forgotten, in the whole run tree."""
@@ -251,7 +293,7 @@ class Run:
             ticket = hold.owner
             if isinstance(ticket, Ticket) and ticket.run is self:
                 ticket.charge()
-        if self.pid == os.getpid():  # else a copy in a forked child: the run goes on in its parent
+        if self.pid == os.getpid() and not self.resumable:  # else a copy in a forked child: the run goes on in its parent
             self.watchdog.ledger.forget(list(self.accounts.values()))
         try:
             summary = self.summary()
@@ -291,6 +333,7 @@ class Run:
         rates = self.watchdog.rates(call) if isinstance(call, LLMCall) else None
         reservations: list[Reservation] = []
         ticket = Ticket(self, call, rates, reservations)
+        extra = self._joined(extra, self.watchdog.lent.get())
         for reserve, plugin in hooks.reserve:
             try:
                 answer = reserve(self, ticket, extra)
@@ -317,6 +360,18 @@ class Run:
                 release_all(reservations)
                 return stop
         return ticket
+
+    def _joined(self, own: Sequence[Budget], lent: tuple[Budget, ...]) -> Sequence[Budget]:
+        if not lent or not own:
+            return own or lent
+        # The same tuple for the same two: what the budget guard remembers of budgets is found by their identity.
+        key = "joined", id(own), id(lent)
+        found = self.memo.get(key)
+        if found is None:
+            # Kept with it, so that their identities stay theirs.
+            found = self.memo[key] = (*own, *(budget for budget in lent if budget not in own)), own, lent
+        joined: Sequence[Budget] = found[0]
+        return joined
 
     def _judge(self, plugin: object, verdict: object) -> Stop | None:
         if not isinstance(verdict, (Stop, Warn)):
@@ -352,14 +407,6 @@ class Run:
         return Incident(
             kind=kind, message=message, agent=watchdog.settings.agent, run_id=self.run_id, at=watchdog.clock.wall(), action=action
         )
-
-    def _refused(self, stop: Stop) -> Stopped:
-        for run in self.chain():
-            with run._tally.lock:  # noqa: SLF001 - a run of the same chain
-                run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
-        kind = _ERRORS.get(stop.incident.kind, Stopped)
-        through = self.watchdog.through.get()
-        return (kind if through is None else passing(kind, through))(stop.incident)
 
     def _others_hold(self) -> bool:
         """Tell whether anybody else could give money back: a thread that waits for what it holds itself waits in vain."""
@@ -433,18 +480,20 @@ class Run:
             run._tally.add(call, sign, cost, usage, charged, clamped)  # noqa: SLF001 - a run of the same chain
             run = run.parent
 
-    def _account_to_top_up(self, unit: str, name: str | None) -> Account:
+    def _account_to_top_up(self, unit: str, name: str | None, thread_id: str | None) -> Account:
         index = UNITS.index(unit)
         found = [
             (budget, account)
-            for budget, account in accounts_of(self)
-            if account.key.unit == index and (name is None or budget.label == name)
+            for budget, account in accounts_of(self, thread_id, lent=True)
+            if account.key.unit == index
+            and (name is None or budget.label == name)
+            and (thread_id is None or budget.per == "thread")
         ]
         own = [account for budget, account in found if budget in self.budgets]
         accounts = own or [account for _, account in found]
         if len(accounts) == 1:
             return accounts[0]
-        named = f" named {name!r}" if name else ""
+        named = (" per thread" if thread_id is not None else "") + (f" named {name!r}" if name else "")
         if not found:
             raise UsageError(
                 f"top_up({unit}=...) found no budget{named} with a limit in {unit}, in this run or around it, so no ceiling was raised. "
@@ -455,6 +504,20 @@ class Run:
             f"top_up({unit}=...) cannot tell which ceiling to raise, so none was: the budgets{named} with a limit in {unit} are {names}. "
             "Say which with budget=..., or top up the run that has one."
         )
+
+
+def _both(through: type[BaseException] | None, ending: type[BaseException] | None) -> type[BaseException] | None:
+    """Give the type that passes two frameworks, one inside the other."""
+    if through is None or ending is None or issubclass(ending, through):
+        return ending or through
+    found = _combined.get((through, ending))
+    if found is None:
+        body = {"__module__": through.__module__, "__qualname__": through.__qualname__}
+        found = _combined.setdefault((through, ending), type(through.__name__, (through, ending), body))
+    return found
+
+
+_combined: dict[tuple[type[BaseException], type[BaseException]], type[BaseException]] = {}
 
 
 def _check_enforced(run: Run) -> None:

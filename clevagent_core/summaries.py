@@ -11,7 +11,7 @@ from clevagent_core.budgets import UNITS, USD
 from clevagent_core.calls import Call, ToolCall, Usage
 from clevagent_core.clock import utc
 from clevagent_core.money import PICO_PER_USD, format_usd, to_usd
-from clevagent_core.verdicts import Unit
+from clevagent_core.verdicts import Incident, Unit
 
 if TYPE_CHECKING:
     from clevagent_core.ledger.account import Balance
@@ -88,6 +88,8 @@ class RunSummary:
     """What calls in flight hold of the tightest budget in US dollars."""
     overshoot_usd: float = 0.0
     """The largest amount by which a budget was passed; 0 when every ceiling held."""
+    stops: Sequence[Incident] = ()
+    """Why work in it was ended gracefully (``halt``), with what there was so far; empty when all of it came to its own end."""
 
     def __str__(self) -> str:
         """Write the summary as a short table."""
@@ -167,6 +169,7 @@ def summarize(run: Run, tally: Tally, balances: Sequence[Balance]) -> RunSummary
             budgets=states,
             held_usd=max((state.held for state in states if state.unit == "usd"), default=0.0),
             overshoot_usd=max((state.overshoot for state in states if state.unit == "usd"), default=0.0),
+            stops=tuple(run.stops),
         )
 
 
@@ -213,6 +216,7 @@ def _table(summary: RunSummary) -> str:
             f"  {spend.input_tokens:>9,} in {spend.output_tokens:>9,} out"
             for name, spend in sorted(table.items(), key=lambda item: -item[1].cost_usd)
         ]
+    lines += [f"  ended early: {stop.message}" for stop in summary.stops]
     for budget in summary.budgets:
         show: Callable[[float], str] = _money if budget.unit == "usd" else "{:,.0f}".format
         lines.append(

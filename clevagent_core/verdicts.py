@@ -26,7 +26,8 @@ class Incident:
     at: float = 0.0
     """When, in seconds since 1970 (UTC)."""
     action: str = "warn"
-    """What was done: ``raise``, ``warn``, or ``dry_run`` (would have been stopped)."""
+    """What was done: ``raise``, ``warn``, ``dry_run`` (would have been stopped); ``halt`` or ``ask``, where the budget says so and a
+    framework can end gracefully."""
     budget: str | None = None
     """The budget's name."""
     key: str | None = None

@@ -34,6 +34,9 @@ logger = logging.getLogger("clevagent")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Ending = Callable[[Incident], type[BaseException] | None]
+"""See ``Watchdog.ending``."""
+
 _CLIENTS = frozenset({"openai", "anthropic"})
 """What ``auto_cost`` attaches to."""
 _RATES = 4096
@@ -73,12 +76,18 @@ class Watchdog:
         (the SDK's client) is a part of it, and does not count again."""
         self.through: ContextVar[type[BaseException] | None] = ContextVar("clevagent_through", default=None)
         """The exception type that the framework around this context lets pass: what is raised here is one, too."""
+        self.ending: ContextVar[Ending | None] = ContextVar("clevagent_ending", default=None)
+        """Where it depends on what was refused: gives, for the incident, the type by which the framework is ended; ``None`` to leave
+        it at ``through``."""
+        self.lent: ContextVar[tuple[Budget, ...]] = ContextVar("clevagent_lent", default=())
+        """The budgets of the node that this context runs: they cover every call in it."""
         self.recent: deque[Incident] = deque(maxlen=_RECENT)
         """The latest incidents, oldest first."""
         self.plugins = Plugins(block=self.settings.block)
         self._teller = IncidentTeller(self.plugins.incident, self.clock)
         self._lock = threading.RLock()
-        self._active: dict[Run, None] = {}
+        self._active: dict[Run, bool] = {}
+        """The runs that raw threads may belong to, each with whether it is a block of the user's."""
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
         self._has_started_run = False
@@ -86,6 +95,20 @@ class Watchdog:
         self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
+        self.ledger: Ledger = self._open_ledger()
+        # Its accounts are this process's own, also in a ledger that others share.
+        self.process_run = Run(self, run_id=f"process-{uuid.uuid4().hex[:12]}")
+        """What is called outside every run belongs to this one."""
+        _watchdogs.add(self)
+        self.plugins.configure(self)
+        self.plugins.run_started(self.process_run)
+        self._attach_as_set()
+        if self.settings.api_key is not None or self.settings.endpoint is not None:
+            logger.warning(
+                "ClevAgent takes api_key, endpoint and interval, and sends no heartbeats yet: what it guards, it guards in this process."
+            )
+
+    def _open_ledger(self) -> Ledger:
         if self.settings.on_loop != "warn" and "clevagent_core.guards.loop" in self.settings.block:
             raise UsageError(
                 f"on_loop={self.settings.on_loop!r} is given, but the plugin that finds loops is blocked (clevagent_core.guards.loop), so "
@@ -99,21 +122,13 @@ class Watchdog:
                 f"{f' (block leaves out {blocked})' if blocked else ''}. "
                 "Use ledger='memory' (the default) or ledger='sqlite:///path', and do not block their plugins; or give the plugin that knows it."
             )
-        self.ledger: Ledger = ledger
-        # Its accounts are this process's own, also in a ledger that others share.
-        self.process_run = Run(self, run_id=f"process-{uuid.uuid4().hex[:12]}")
-        """What is called outside every run belongs to this one."""
-        _watchdogs.add(self)
-        self.plugins.configure(self)
-        self.plugins.run_started(self.process_run)
+        return ledger
+
+    def _attach_as_set(self) -> None:
         for name in self.settings.attach:
             self.attach(name)
         if self.settings.auto_cost or (self.settings.auto_cost is None and self.settings.api_key is not None):
             self._attach_when_imported({name: module for name, module in self.plugins.attachable().items() if name in _CLIENTS})
-        if self.settings.api_key is not None or self.settings.endpoint is not None:
-            logger.warning(
-                "ClevAgent takes api_key, endpoint and interval, and sends no heartbeats yet: what it guards, it guards in this process."
-            )
 
     @property
     def is_used(self) -> bool:
@@ -159,27 +174,22 @@ class Watchdog:
         """Make a block for one piece of work: see ``clevagent.run``."""
         return RunBlock(lambda: self, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
 
-    def current_run(self) -> Run:
+    def current_run(self, *, tells: bool = True) -> Run:
         """Find the run that a call made here belongs to.
 
         The innermost ``with`` block of this context. A raw thread inherits none: while one run (with those nested in it) is
         active in the process, its calls count against that; while several are, against the run around all of them; else against
-        the process's own run, which is told once.
+        the process's own run, which is told once (unless ``tells`` says that this is no call).
         """
         run = self.current.get()
         if run is not None:
             return run
-        active = self._active
-        if not active:
+        if not self._active:
             return self.process_run
         with self._lock:
-            runs = list(active)
-        deepest = max(runs, key=_depth, default=self.process_run)
-        if all(other in deepest.chain() for other in runs):
-            return deepest
-        # Several at once: the run around all of them, if there is one, counts for certain.
-        common = [run for run in deepest.chain() if all(run in other.chain() for other in runs)]
-        if not common:
+            runs = list(self._active)
+        found = _around_all(runs)
+        if found is None and runs and tells:
             self.tell_once(
                 Incident(
                     kind="thread",
@@ -194,7 +204,20 @@ class Watchdog:
                 ),
                 key="",
             )
-        return common[0] if common else self.process_run
+        return found or self.process_run
+
+    def enclosing_run(self) -> Run | None:
+        """Find the run that a piece of work which begins here (a root invocation, a kickoff) is a part of; ``None`` if of none.
+
+        That of this context; in a raw thread, which inherits none, the ``with`` block that is active in the process, or the one around
+        all that are. Other pieces of work beside it are no part of it, and it is none of theirs.
+        """
+        run = self.current.get()
+        if run is not None or not self._active:
+            return run
+        with self._lock:
+            blocks = [run for run, is_block in self._active.items() if is_block]
+        return _around_all(blocks)
 
     def start_run(
         self,
@@ -205,6 +228,9 @@ class Watchdog:
         dry_run: bool = False,
         guards: Sequence[object] = (),
         inherited: bool = True,
+        run_id: str | None = None,
+        resumable: bool = False,
+        is_block: bool = False,
     ) -> Run:
         """Begin a run; whoever begins it ends it.
 
@@ -215,6 +241,9 @@ class Watchdog:
             dry_run: stop nothing in it.
             guards: plugins for this run, and for those nested in it.
             inherited: whether raw threads belong to it while it is the only one active.
+            run_id: the id of a run that goes on; a new one is made when not given.
+            is_block: whether work that begins in raw threads belongs to it, too: the user has put it around everything.
+            resumable: whether it may go on later, under the same id: its accounts then outlive it, for 30 days.
 
         Raises:
             UsageError: two budgets with one name; an action nothing can carry out; a tag that is no text; after ``shutdown``.
@@ -233,11 +262,11 @@ class Watchdog:
             own = Plugins()
             for guard in guards:
                 own.register(guard)
-        run = Run(self, budgets=budgets, tags=tags, parent=parent, dry_run=dry_run, guards=own)
+        run = Run(self, budgets=budgets, tags=tags, parent=parent, run_id=run_id, dry_run=dry_run, guards=own, resumable=resumable)
         self._has_started_run = True
         if inherited:
             with self._lock:
-                self._active[run] = None
+                self._active[run] = is_block
         self.plugins.run_started(run)
         return run
 
@@ -348,6 +377,15 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _around_all(runs: Sequence[Run]) -> Run | None:
+    """Find the innermost run that all of ``runs`` are, or are nested in; where they are nested in each other, the innermost of them."""
+    deepest = max(runs, key=_depth, default=None)
+    if deepest is None or all(other in deepest.chain() for other in runs):
+        return deepest
+    # Several at once: the run around all of them, if there is one, counts for certain.
+    return next((run for run in deepest.chain() if all(run in other.chain() for other in runs)), None)
+
+
 def _depth(run: Run) -> int:
     return sum(1 for _ in run.chain())
 
@@ -384,7 +422,9 @@ class RunBlock:
         """Begin a run."""
         watchdog = self._watchdog()
         outer = watchdog.current.get()
-        run = watchdog.start_run(budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards)
+        run = watchdog.start_run(
+            budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards, is_block=True
+        )
         self._runs.append(run)
         watchdog.current.set(run)
         return run

@@ -19,12 +19,6 @@ from clevagent_core.providers import requests
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.messages import items_of
 
-_FLOOR = 256
-"""An ordinary answer cut below this many tokens is hardly worth its prompt."""
-_WHOLE_FLOOR = 1024
-"""The same where a cut answer cannot be read at all, and no limit was given."""
-_AFTER_THINKING = 256
-
 
 class Dialect:
     """A model of an unknown provider: it is described and metered, but no limit is sent and its retries stay its own."""
@@ -58,11 +52,6 @@ class Dialect:
         params = self.params(model, kwargs)
         facts = requests.facts_of(params)
         limit = self._asked(model, facts.limit)
-        floor = _FLOOR
-        if facts.wants_whole_answer:
-            floor = limit or _WHOLE_FLOOR
-        if facts.thinking_tokens:
-            floor = max(floor, facts.thinking_tokens + _AFTER_THINKING)
         items, is_opaque = items_of(messages)
         own_name = self.model_name(model)
         name = requests.model_of(params) or own_name
@@ -71,7 +60,7 @@ class Dialect:
             input=items,
             tools=facts.tools,
             max_output_tokens=limit,
-            min_output_tokens=floor,
+            min_output_tokens=facts.least_output_tokens(limit),
             most_output_tokens=self._most(model) if limit is None and name == own_name else None,
             clamp=self.is_known,
             answers=facts.answers,

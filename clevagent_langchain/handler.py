@@ -21,11 +21,13 @@ from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall
 from clevagent_core.errors import ClevAgentError
 from clevagent_core.providers import requests
+from clevagent_core.providers.covering import cover, uncover
 from clevagent_core.providers.outcomes import fail, tell_unusable
 from clevagent_core.providers.usage import UnusableUsage
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
+from clevagent_langchain.graphs import is_pause, node_of, open_in_graph
 from clevagent_langchain.messages import items_of
 from clevagent_langchain.models import GUARDED, root_run
 from clevagent_langchain.results import answer_of, tool_result
@@ -113,6 +115,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         ticket = self._tracker().take_ticket(run_id)
         if ticket is None:
             return
+        uncover(ticket)
         try:
             reported = _reported(response)
             if is_cached(reported):
@@ -132,6 +135,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         ticket = self._tracker().take_ticket(run_id)
         if ticket is None:
             return
+        uncover(ticket)
         fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
 
     # -- tool calls -------------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         name = (serialized or {}).get("name") or kwargs.get("name") or "tool"
         call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str)
         if metadata:
-            call.node, call.thread_id = metadata.get("langgraph_node"), metadata.get("thread_id")
+            call.node, call.thread_id = node_of(self.watchdog, metadata), metadata.get("thread_id")
         run = self._open(run_id, branch, call)
         if run is not None:
             tracker.start(run_id, branch, run, is_root=False, tool=name)
@@ -164,8 +168,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         self._end_tool(run_id, error, result)
 
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Settle a tool call that failed: it did run."""
-        self._end_tool(run_id, error)
+        """Settle a tool call that failed: it did run. One that waits for a person is run again, and counts then."""
+        self._end_tool(run_id, error, is_pause=is_pause(error))
 
     # -- what they are a part of ------------------------------------------------------------------------------------------
 
@@ -192,10 +196,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if parent is not None:
             tracker.start(run_id, parent, watchdog.current.get() or parent.run, is_root=False, tool=parent.tool)
             return
-        current = watchdog.current.get()
-        is_root = current is None and parent_run_id is None
+        outer = watchdog.enclosing_run()
+        is_root = outer is None and parent_run_id is None
         try:
-            run = watchdog.start_run() if is_root else current or watchdog.current_run()
+            run = watchdog.start_run() if is_root else outer or watchdog.current_run()
         except ClevAgentError:
             logger.exception("ClevAgent could not begin a run; what is called in it belongs to the process.")
             return
@@ -235,7 +239,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         call = LLMCall(
             model=_model_name(metadata, params, serialized),
             tool=branch.tool if branch is not None else None,
-            node=metadata.get("langgraph_node"),
+            node=node_of(self.watchdog, metadata),
             thread_id=metadata.get("thread_id"),
         )
         try:
@@ -271,16 +275,22 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             call.tool = watchdog.tool.get()
         ticket: Ticket | None = None
         try:
-            ticket = run.open(call)
+            ticket = open_in_graph(run, call)
+            if isinstance(call, LLMCall):
+                cover(ticket)
         finally:
             tracker.add_ticket(run_id, ticket, branch)
         return run
 
-    def _end_tool(self, run_id: UUID, error: BaseException | None, result: object = None) -> None:
+    def _end_tool(self, run_id: UUID, error: BaseException | None, result: object = None, *, is_pause: bool = False) -> None:
         tracker = self._tracker()
         ticket = tracker.take_ticket(run_id)
         tracker.end(run_id, error)
-        if ticket is not None:
+        if ticket is None:
+            return
+        if is_pause:
+            ticket.release()
+        else:
             ticket.settle(error=error, result=result)
 
     def _end_chain(self, run_id: UUID, error: BaseException | None) -> None:

@@ -36,6 +36,7 @@ from clevagent_langchain.closing import (
     plain_closing,
     written_closing,
 )
+from clevagent_langchain.graphs import aopen_in_graph, open_in_graph
 from clevagent_langchain.invocations import KEY, Invocation, Invocations, Seat, WatchedState
 from clevagent_langchain.models import budgets_of, guard_model
 from clevagent_langchain.surroundings import agent_name, inside, is_resumable, outer_run, register
@@ -198,7 +199,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
             ticket: Ticket | None = None
             try:
                 if needs_ticket(request, run.watchdog):
-                    ticket = run.open(call_of(request))
+                    ticket = open_in_graph(run, call_of(request))
                 result = handler(request)
             except BaseException as error:
                 fail(ticket, error)
@@ -216,7 +217,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
             ticket: Ticket | None = None
             try:
                 if needs_ticket(request, run.watchdog):
-                    ticket = await run.aopen(call_of(request))
+                    ticket = await aopen_in_graph(run, call_of(request))
                 result = await handler(request)
             except BaseException as error:
                 fail(ticket, error)

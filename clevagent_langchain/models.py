@@ -37,6 +37,7 @@ from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.errors import UsageError
+from clevagent_core.providers.covering import cover, uncover
 from clevagent_core.providers.outcomes import fail, settle
 from clevagent_core.providers.retries import arepeat, repeat
 from clevagent_core.providers.usage import add
@@ -44,6 +45,7 @@ from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import comes_from_a_callback
+from clevagent_langchain.graphs import aopen_in_graph, node_of, open_in_graph
 from clevagent_langchain.results import Said, answer_of
 from clevagent_langchain.usage import from_llm_output, from_metadata
 
@@ -70,12 +72,15 @@ class _Inside:
     Only the same call counts as that. What a callback, or a task that outlives it, asks the same model is a call of its own.
     """
 
-    __slots__ = ("_before", "_model", "_run_id")
+    __slots__ = ("_before", "_covered", "_model", "_run_id", "ticket")
 
-    def __init__(self, model: BaseChatModel, run_manager: Any) -> None:
+    def __init__(self, model: BaseChatModel, run_manager: Any, ticket: Ticket | None = None) -> None:
         self._model: BaseChatModel | None = model
         self._run_id = run_manager.run_id if run_manager is not None else None
         self._before: _Inside | None = None
+        self._covered: Ticket | None = None
+        self.ticket = ticket
+        """Whose request the SDK's client sends: it does not count again where that is guarded too."""
 
     def is_of(self, model: BaseChatModel, run_manager: Any) -> bool:
         return self._model is model and (run_manager is None or run_manager.run_id == self._run_id)
@@ -83,10 +88,14 @@ class _Inside:
     def __enter__(self) -> None:
         self._before = _inside.get()
         _inside.set(self)
+        if self.ticket is not None:
+            self._covered = cover(self.ticket)
 
     def __exit__(self, *exception: object) -> None:
         # Not by token: an asynchronous generator may be closed in another context than the one it ran in.
         _inside.set(self._before)
+        if self.ticket is not None:
+            uncover(self.ticket, self._covered)
 
     def end(self) -> None:
         self._model = None
@@ -261,8 +270,8 @@ def _generate(
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
     def attempt() -> ChatResult:
-        ticket = run.open(call, guard.budgets)
-        inside = _Inside(self, run_manager)
+        ticket = open_in_graph(run, call, guard.budgets)
+        inside = _Inside(self, run_manager, ticket)
         try:
             with inside:
                 result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
@@ -294,8 +303,8 @@ async def _agenerate(
     run, call = _describe(self, guard, messages, kwargs, run_manager)
 
     async def attempt() -> ChatResult:
-        ticket = await run.aopen(call, guard.budgets)
-        inside = _Inside(self, run_manager)
+        ticket = await aopen_in_graph(run, call, guard.budgets)
+        inside = _Inside(self, run_manager, ticket)
         try:
             with inside:
                 result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
@@ -331,7 +340,7 @@ def _stream(
 
     def attempt() -> tuple[Ticket, Iterator[ChatGenerationChunk], ChatGenerationChunk | None]:
         """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
-        ticket = run.open(call, guard.budgets)
+        ticket = inside.ticket = open_in_graph(run, call, guard.budgets)
         try:
             with inside:
                 chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
@@ -379,7 +388,7 @@ async def _astream(
 
     async def attempt() -> tuple[Ticket, AsyncIterator[ChatGenerationChunk], ChatGenerationChunk | None]:
         """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
-        ticket = await run.aopen(call, guard.budgets)
+        ticket = inside.ticket = await aopen_in_graph(run, call, guard.budgets)
         try:
             with inside:
                 chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
@@ -458,9 +467,9 @@ def _describe(
     else:
         config = var_child_runnable_config.get()
         metadata = config.get("metadata") if config else None
-    node = thread_id = None
+    node, thread_id = watchdog.node.get(), None
     if metadata:
-        node = metadata.get("langgraph_node")
+        node = node_of(watchdog, metadata)
         thread_id = metadata.get("thread_id")
     call = guard.dialect.describe(model, messages, kwargs)
     call.node, call.thread_id, call.tool = node, thread_id, watchdog.tool.get()

@@ -7,6 +7,7 @@ from langgraph.errors import GraphBubbleUp
 from langgraph.prebuilt.tool_node import ToolCallRequest
 
 from clevagent_core.calls import ToolCall
+from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 from clevagent_langchain.handler import ClevAgentCallbackHandler
@@ -46,7 +47,7 @@ def fail(ticket: Ticket | None, error: BaseException) -> None:
     """Tell that it did run, and failed; or that it waits for a person, and will be run, and counted, when that has answered."""
     if ticket is None:
         return
-    if isinstance(error, GraphBubbleUp):
+    if isinstance(error, GraphBubbleUp) and not isinstance(error, Stopped):
         ticket.release()
     else:
         ticket.settle(error=error)

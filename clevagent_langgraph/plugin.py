@@ -1,7 +1,8 @@
-"""The LangGraph adapter as a plugin. The framework is imported once something of it is to be guarded."""
+"""The LangGraph adapter as a plugin. LangGraph is imported once something of it is to be guarded."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,15 @@ if TYPE_CHECKING:
 
 
 class LangGraphPlugin:
-    """Guards what is LangGraph's."""
+    """Guards compiled graphs."""
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def clevagent_guard(
         self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None
     ) -> object | None:
-        """Nothing yet."""
-        return None
+        """Guard a compiled graph. Asked before LangChain's adapter, which refuses what of LangGraph's it does not know."""
+        if "langgraph.pregel" not in sys.modules:
+            return None  # then obj cannot be a graph
+        from clevagent_langgraph.graphs import guard_graph  # noqa: PLC0415 - imports LangGraph
+
+        return guard_graph(obj, watchdog, budgets, on_exceed)

@@ -16,7 +16,20 @@ from clevagent.testing import Reply
 from clevagent_langchain import BudgetMiddleware
 
 QUESTION = "What did our warehouse in Lyon ship last quarter?"
-PLACES = ["archive", "letters", "invoices", "minutes", "contracts", "plans", "mails", "reports", "notes", "lists", "drafts", "scans"]
+PLACES = [
+    "archive",
+    "letters",
+    "invoices",
+    "minutes",
+    "contracts",
+    "plans",
+    "mails",
+    "reports",
+    "notes",
+    "lists",
+    "drafts",
+    "scans",
+]
 
 
 @tool

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from clevagent.demo import frameworks
 from clevagent.demo.acting import Scene, play
 from clevagent.demo.results import SceneResult
 from clevagent.demo.scenes import SCENES
@@ -22,6 +23,7 @@ from clevagent_core.money import PICO_PER_USD
 
 _FRAMES_PER_SECOND = 10
 _INDENT = (0, 0, 0, 5)
+_NUMBERS = {8: "Eight", 9: "Nine"}
 _STOPPED_BY = {"ceiling": "by ceiling", "loop": "loop found", None: "by nothing"}
 _NOT_STOPPED = {"ceiling": "nothing was refused for want of money", "loop": "the loop guard did not stop it"}
 _NEXT = """\
@@ -31,16 +33,19 @@ with clevagent.run(budgets=[clevagent.Budget(usd=0.50)]):
 
 
 def perform(console: Console | None = None) -> list[SceneResult]:
-    """Play the demo on ``console`` and give its results. Takes some twenty seconds; touches nothing of the process's watchdog."""
+    """Play the demo on ``console`` and give its results. Takes half a minute; touches nothing of the process's watchdog."""
     console = console or Console(highlight=False)
     begun_at = time.monotonic()
-    _say(console, "Six runaway agents, each played without a guard, and then with one.", style="bold")
-    _say(console, "Agents and client are real. The provider is a server on this machine that keeps the bill: no key, no cost.")
-    with own_environment(), kept_log() as records, _stage(console) as stage:
-        results = play(SCENES, stage, block=plugins_of_others())
+    scenes = [*SCENES, *frameworks.scenes()]
+    _say(console, f"{_NUMBERS[len(scenes)]} runaway agents, each played without a guard, and then with one.", style="bold")
+    _say(console, "Agents and clients are real. The provider is a server on this machine that keeps the bill: no key, no cost.")
+    with own_environment(), kept_log() as records, _stage(console, len(scenes)) as stage:
+        results = play(scenes, stage, block=plugins_of_others())
     console.print("", result_table(results), "", sep="\n")
     for line in explanations(results):
         _say(console, line)
+    if not frameworks.has_crewai():
+        _say(console, 'CrewAI is not installed here, so no crew was played: pip install ".[demo,crewai]" adds it.\n')
     warned = f" {len(records)} warnings that ClevAgent logged were kept off this screen." if records else ""
     _say(console, f"Took {time.monotonic() - begun_at:.0f} s.{warned}\n", style="dim")
     _say(console, "Guard an agent of your own:\n")
@@ -54,13 +59,14 @@ def perform(console: Console | None = None) -> list[SceneResult]:
 class Stage:
     """The demo's audience: tells each scene in lines that stay, and what happens now in one that changes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, scenes: int) -> None:
         self._console = console
+        self._scenes = scenes
         self._now: Callable[[], str] = lambda: ""
 
     def scene_begins(self, number: int, scene: Scene) -> None:
         """Tell a scene's story."""
-        _say(self._console, f"\n{number}/{len(SCENES)}  {scene.title}, ceiling {_cents(scene.ceiling_pico)}", style="bold")
+        _say(self._console, f"\n{number}/{self._scenes}  {scene.title}, ceiling {_cents(scene.ceiling_pico)}", style="bold")
         _say_indented(self._console, scene.story)
 
     def act_begins(self, scene: Scene, provider: LoopbackProvider, *, is_guarded: bool) -> None:
@@ -88,8 +94,8 @@ class Stage:
 
 
 @contextmanager
-def _stage(console: Console) -> Iterator[Stage]:
-    stage = Stage(console)
+def _stage(console: Console, scenes: int) -> Iterator[Stage]:
+    stage = Stage(console, scenes)
     if not console.is_terminal or console.is_dumb_terminal:
         yield stage
         return

@@ -1,4 +1,4 @@
-"""Six ways in which agents run away: each is played without a guard, and then guarded.
+"""Ways in which agents run away: each is played without a guard, and then guarded.
 
 Nothing is scripted but the provider's answers. The work of a scene does not know whether its model is guarded.
 """
@@ -31,26 +31,28 @@ _PAGE_LINE = "Figures for the last quarter are published on another page; please
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScene(Scene):
-    """Work of this process with one model."""
+    """Work of this process with one model, or with what is built on one: a client, a graph, a crew."""
 
-    work: Callable[[BaseChatModel], None]
-    """What is done with the model. Ends when the work is done or is refused."""
+    work: Callable[[Any], None]
+    """What is done with it. Ends when the work is done or is refused."""
+    make: Callable[[str, Mapping[str, Any]], Any] = chat_model
+    """Makes it, of a provider's address and of ``model``."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the model."""
 
     def play_unguarded(self, provider: LoopbackProvider) -> None:
-        """Work with the model as it is."""
-        self.work(chat_model(provider.openai_url, self.model))
+        """Work with it as it is."""
+        self.work(self.make(provider.openai_url, self.model))
 
     def play_guarded(self, provider: LoopbackProvider, block: Sequence[str]) -> GuardedAct:
-        """Work with the model guarded, in a run that has the ceiling."""
+        """Work with it guarded, in a run that has the ceiling."""
         watchdog = Watchdog(agent="demo", prices=PRICES, block=block)
         try:
-            model = guard(chat_model(provider.openai_url, self.model), watchdog=watchdog)
+            guarded = guard(self.make(provider.openai_url, self.model), watchdog=watchdog)
             stopped_by: Means | None = None
             with watchdog.run(budgets=[Budget(usd=self.ceiling)], guards=self.guards()) as run:
                 try:
-                    self.work(model)
+                    self.work(guarded)
                 except BudgetExceeded:
                     stopped_by = "ceiling"
                 except LoopDetected:

@@ -12,8 +12,15 @@ from clevagent_core.plugins import ENTRY_POINT_GROUP
 
 _PREFIXES = ("CLEVAGENT_", "LANGCHAIN_", "LANGSMITH_", "LANGGRAPH_", "OPENAI_")
 """Settings of one's own agents: other budgets, tracing that would send the demo away, another provider's address."""
-_OURS = "langchain"
-"""The entry point of the adapter that the demo needs."""
+_OURS = frozenset({"langchain", "langgraph", "openai", "crewai"})
+"""The entry points of the adapters that the demo needs."""
+_QUIET = {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "OTEL_SDK_DISABLED": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "CREWAI_DISABLE_VERSION_CHECK": "true",
+}
+"""CrewAI tells its makers of each kickoff, unless it is told not to."""
 
 
 @contextmanager
@@ -25,6 +32,7 @@ def own_environment() -> Iterator[None]:
             del os.environ[name]
     # With this the proxies of the operating system are not asked for either.
     os.environ["NO_PROXY"] = "127.0.0.1"
+    os.environ.update(_QUIET)
     try:
         yield
     finally:
@@ -34,21 +42,26 @@ def own_environment() -> Iterator[None]:
 
 @contextmanager
 def kept_log() -> Iterator[list[logging.LogRecord]]:
-    """Collect what ClevAgent logs, instead of writing it across the screen."""
-    logger = logging.getLogger("clevagent")
-    before = logger.handlers, logger.propagate
+    """Collect what ClevAgent logs, instead of writing it across the screen; what LangChain and CrewAI log of it is dropped."""
     records: list[logging.LogRecord] = []
-    handler = _Collector(records)
-    logger.handlers, logger.propagate = [handler], False
+    kept: dict[str, logging.Handler] = {
+        "clevagent": _Collector(records),
+        "crewai": logging.NullHandler(),
+        "langchain_core": logging.NullHandler(),
+    }
+    before = {name: (logging.getLogger(name).handlers, logging.getLogger(name).propagate) for name in kept}
+    for name, handler in kept.items():
+        logging.getLogger(name).handlers, logging.getLogger(name).propagate = [handler], False
     try:
         yield records
     finally:
-        logger.handlers, logger.propagate = before
+        for name, (handlers, propagate) in before.items():
+            logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
 
 
 def plugins_of_others() -> list[str]:
     """Name the installed plugins that the demo leaves out: they may tell somebody, or stop something."""
-    return sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - {_OURS})
+    return sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - _OURS)
 
 
 class _Collector(logging.Handler):

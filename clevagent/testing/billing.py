@@ -44,6 +44,10 @@ class Asked(NamedTuple):
     """What stands where the API takes its output limit; the largest counts."""
     answers: tuple[object, ...]
     """What multiplies the output: ``n`` and its like."""
+    has_output: bool = True
+    """Whether anything is written: embeddings are not."""
+    is_free: bool = False
+    """Whether it is counted and not billed."""
 
 
 class Meter:
@@ -90,7 +94,7 @@ class Meter:
         limits = [_count(limit, "an output limit") for limit in asked.output_limits if limit is not None]
         answers = math.prod(_count(count, "a number of answers") for count in asked.answers if count is not None)
         limit = max(limits, default=self._default_output_tokens)
-        output = reply.output_tokens
+        output = reply.output_tokens if asked.has_output else 0
         if output is None:
             output = answers * _ceil(limit, self._share)
         input_ = reply.input_tokens

@@ -6,7 +6,9 @@ langchain-anthropic 1.7. Fields that no client reads are left out.
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -171,6 +173,36 @@ class Completions(_OpenAI):
         return self._prompts(body) * (body.get("n") or 1)
 
 
+class Embeddings(_OpenAI):
+    """``POST /v1/embeddings``: input only. A prompt of token ids has as many tokens as ids, whatever the tokenizer."""
+
+    def asked(self, body: Mapping[str, Any]) -> Asked:
+        """See :meth:`Dialect.asked`."""
+        return Asked(chain.from_iterable(texts_of(part) for part in self._inputs(body)), (), (), has_output=False)
+
+    def answer(self, answer: Answer) -> _Json:
+        """See :meth:`Dialect.answer`. Every vector is (1, 0), in base64 where that is asked for, as SDKs do."""
+        vector: object = [1.0, 0.0]
+        if answer.body.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack("<2f", 1.0, 0.0)).decode()
+        count = max(1, len(self._inputs(answer.body)))
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
+        usage = {"usage": {"prompt_tokens": answer.bill.input_tokens, "total_tokens": answer.bill.input_tokens}}
+        return {"object": "list", "model": answer.model, "data": data} | (usage if answer.reply.usage else {})
+
+    def events(self, answer: Answer) -> Iterator[bytes]:
+        """See :meth:`Dialect.events`. There is no stream of them."""
+        yield _event(self.answer(answer))
+
+    @staticmethod
+    def _inputs(body: Mapping[str, Any]) -> list[object]:
+        inputs = body.get("input")
+        if not isinstance(inputs, list) or (inputs and isinstance(inputs[0], int)):
+            inputs = [inputs]
+        # One letter for each token id: that is one token where nothing else is said.
+        return ["x" * len(part) if isinstance(part, list) else part for part in inputs]
+
+
 class Responses(_OpenAI):
     """``POST /v1/responses``."""
 
@@ -265,6 +297,26 @@ class Responses(_OpenAI):
             call = {"call_id": id_, "name": name, "arguments": json.dumps(arguments)}
             items.append({"type": "function_call", "id": f"fc_{id_}", "status": "completed", **call})
         return items
+
+
+class TokenCounts:
+    """``POST /v1/messages/count_tokens`` of Anthropic, which is free."""
+
+    def asked(self, body: Mapping[str, Any]) -> Asked:
+        """See :meth:`Dialect.asked`."""
+        return Messages().asked(body)._replace(output_limits=(), has_output=False, is_free=True)
+
+    def answer(self, answer: Answer) -> _Json:
+        """See :meth:`Dialect.answer`."""
+        return {"input_tokens": answer.bill.input_tokens}
+
+    def events(self, answer: Answer) -> Iterator[bytes]:
+        """See :meth:`Dialect.events`. There is no stream of them."""
+        yield _event(self.answer(answer))
+
+    def error(self, status: int, message: str) -> _Json:
+        """See :meth:`Dialect.error`."""
+        return Messages().error(status, message)
 
 
 class Messages:

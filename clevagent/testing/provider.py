@@ -10,7 +10,17 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from clevagent.testing.billing import NOTHING, Bill, InvalidRequestError, Meter, Price
-from clevagent.testing.dialects import Answer, ChatCompletions, Completions, Dialect, Messages, Responses, encode
+from clevagent.testing.dialects import (
+    Answer,
+    ChatCompletions,
+    Completions,
+    Dialect,
+    Embeddings,
+    Messages,
+    Responses,
+    TokenCounts,
+    encode,
+)
 from clevagent.testing.replies import Kind, ReceivedRequest, Reply
 from clevagent.testing.server import HttpRequest, HttpResponse, HttpServer
 from clevagent_core.errors import UsageError
@@ -23,6 +33,7 @@ _PRICES: dict[str, Price] = {
     "gpt-4o-mini": (0.15, 0.60),
     "claude-sonnet-4-5": (3.00, 15.00),
     "claude-sonnet-4-6": (3.00, 15.00),
+    "text-embedding-3-small": (0.02, 0.00),
 }
 _OPENAI: Dialect = ChatCompletions()
 _ANTHROPIC: Dialect = Messages()
@@ -30,7 +41,9 @@ _DIALECTS: dict[str, Dialect] = {
     "/v1/chat/completions": _OPENAI,
     "/v1/completions": Completions(),
     "/v1/responses": Responses(),
+    "/v1/embeddings": Embeddings(),
     "/v1/messages": _ANTHROPIC,
+    "/v1/messages/count_tokens": TokenCounts(),
 }
 _BAD_REQUEST = 400
 _NOT_FOUND = 404
@@ -48,7 +61,8 @@ class _Refusal(NamedTuple):
 class LoopbackProvider:
     """A model provider on 127.0.0.1 that speaks to real SDKs and keeps the bill they would get.
 
-    It serves OpenAI's chat completions, responses and old completions, and Anthropic's messages, streamed and not::
+    It serves OpenAI's chat completions, responses, old completions and embeddings, and Anthropic's messages and token counts
+    (which are free), streamed and not::
 
         with LoopbackProvider() as provider:
             model = ChatOpenAI(model="gpt-4o-mini", api_key="test", base_url=provider.openai_url)
@@ -72,7 +86,7 @@ class LoopbackProvider:
             request's JSON on its connection's thread (so it may block, and must be safe to call from several). A function
             that raises makes a status 500 that the SDKs do not retry.
         prices: US dollars for a million tokens, ``{model: (input, output)}``, beside or instead of the built-in ones
-            ("gpt-4o", "gpt-4o-mini", "claude-sonnet-4-5", "claude-sonnet-4-6").
+            ("gpt-4o", "gpt-4o-mini", "claude-sonnet-4-5", "claude-sonnet-4-6", "text-embedding-3-small").
         default_price: the price of every other model.
         tokenizer: counts the tokens of one text, instead of its bytes; called from several threads.
         tokens_per_byte: how many tokens each byte is, for example 0.25; the request's sum is rounded up.
@@ -208,13 +222,14 @@ class LoopbackProvider:
         model = _model_of(body)
         try:
             reply = self._next_reply(body)
-            bill = self._meter.bill(model, dialect.asked(body), reply) if reply.kind != "error" else NOTHING
+            asked = dialect.asked(body)
+            bill = self._meter.bill(model, asked, reply) if reply.kind != "error" else NOTHING
         except InvalidRequestError as error:
             return self._refuse(request, body, _Refusal(_BAD_REQUEST, str(error)))
         except Exception as error:  # the test's own script or tokenizer; its client is told
             return self._refuse(request, body, _Refusal(_SERVER_ERROR, f"The script of this LoopbackProvider raised {error!r}."))
         status = None if reply.hang or reply.drop == "before" else reply.status
-        number = self._record(request.path, body, reply.kind, status, bill)
+        number = self._record(request.path, body, reply.kind, status, NOTHING if asked.is_free else bill)
         is_stream = reply.kind != "error" and body.get("stream") is True
         answer = Answer(number, model, body, reply, bill)
         parts: list[bytes] = []

@@ -134,6 +134,7 @@ class _Watch:
         "is_ping_told",
         "is_told",
         "llm",
+        "nodes",
         "ping",
         "pings",
         "stop",
@@ -146,12 +147,13 @@ class _Watch:
         """By model, node and thread; the latest first. Replaced whole: calls side by side may at most miss each other's."""
         self.begun = 0
         """How many conversations have begun."""
-        self.tools, self.llm = _Stream(), _Stream()
+        self.tools, self.llm, self.nodes = _Stream(), _Stream(), _Stream()
         self.forget()
 
     def forget(self) -> None:
         self.tools.forget()
         self.llm.forget()
+        self.nodes.forget()
         self.ping: Hashable = None
         self.is_ping_told = False
         self.pings: deque[float] = deque(maxlen=PINGS)
@@ -233,7 +235,9 @@ class LoopGuard:
 
     @hookimpl
     def clevagent_step(self, run: Run, step: Step) -> None:
-        """Count pings that say the same, again and again."""
+        """Count pings that say the same, again and again; take note of a node that tells what it was given and what it made."""
+        if step.kind == "node" and "result" in step.detail:
+            self._note_node(run, step)
         if step.kind != "ping":
             return
         watch = self._watch(run)
@@ -303,6 +307,32 @@ class LoopGuard:
             # Behind the lock: the user's log handlers may take their time.
             run.watchdog.tell(told)
 
+    def _note_node(self, run: Run, step: Step) -> None:
+        """Take note of a node of a graph: of its state, and of what it made of it. A state that changes is news."""
+        root = run.root
+        watch = self._watch(run)
+        if watch is None or root is run.watchdog.process_run:
+            return  # outside of every run, the next graph may well do the same
+        detail, stream, told = step.detail, watch.nodes, None
+        given = _state_of(detail.get("given"))
+        made = _made_of(detail["result"])
+        sign = Sign(("node", step.name, run.run_id, detail.get("thread_id")), given, given, made, made, failed=False)
+        began = detail.get("began")
+        with _lock:
+            steps = stream.repetition.steps
+            finding = stream.observe(sign, began if type(began) is int and began < steps else steps)
+            root.finished_nodes = steps + 1
+            stream.marks.append(Mark(steps, root.cost_pico, run.watchdog.clock.wall()))
+            if finding is not None and watch.stop is None:
+                told = self._found(run, watch, loop_incident(run, finding, stream.mark_of(finding.since - 1)))
+        if told is not None:
+            run.watchdog.tell(told)
+
+    def _gate(self, run: Run) -> Stop | None:
+        """Refuse what is no call itself in a run that repeats itself."""
+        watch = self._watch(run)
+        return None if watch is None or watch.stop is None else self._answer(run, watch)
+
     def _sign(self, run: Run, watch: _Watch, call: Call, outcome: Outcome) -> Sign | None:
         """Make the fingerprints of a call."""
         error = outcome.error
@@ -332,6 +362,7 @@ class LoopGuard:
             return as_told(incident, "warn")
         watch.stop = Stop(incident=as_told(incident, "raise"))
         watch.found = incident
+        run.root.gates[self] = self._gate
         # Told at once: a run that only pings would never meet the stop.
         watch.is_told = self._on_loop == "raise"
         return watch.stop.incident if watch.is_told else None
@@ -403,6 +434,39 @@ def _whole(items: Sequence[object]) -> Sequence[object]:
     if len(items) <= _LOOKED_INTO:
         return items
     return (key_of("", items[:-_LOOKED_INTO]), *items[-_LOOKED_INTO:])
+
+
+def _state_of(state: object) -> int:
+    """Fingerprint the state that a node is given. Of what grows, as a history does, the length and the end are looked at: the rest was
+    looked at when it was new.
+    """  # noqa: D205 - what it leaves out needs its reason
+    if type(state) is not dict:
+        return _mark(state)
+    parts = [(key, _end_of(value)) for key, value in list(dict.items(state)) if type(key) is str]
+    return hash((len(state), *parts))
+
+
+def _made_of(result: object) -> int:
+    """Fingerprint what a node made of its state; exact."""
+    if type(result) is dict and len(result) <= _FEW:
+        values = list(dict.values(result))
+        if all(type(value) in _SIMPLE and (type(value) is not int or value >= 0) for value in values):  # -1 and -2 have one hash
+            return hash((*dict.keys(result), *values))
+    return result_of(result, failed=False)[0]
+
+
+_FEW = 8
+_SIMPLE = frozenset({str, int, bool, type(None)})
+
+
+def _end_of(value: object) -> object:
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value if kind is not str else hash(value)
+    if kind is list or kind is tuple:
+        size = len(value)  # type: ignore[arg-type]  # one of these
+        return size, _mark(value[-1]) if size else 0  # type: ignore[index]  # as above
+    return arguments_of(value)[0]
 
 
 def _mark(item: object) -> int:

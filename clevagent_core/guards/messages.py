@@ -7,7 +7,8 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from clevagent_core.budgets import UNITS, USD, Budget
+from clevagent_core.accounts import action_of
+from clevagent_core.budgets import GRACEFUL, UNITS, USD, Budget
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.clock import utc
 from clevagent_core.ledger.account import Balance, Notice, Refusal
@@ -71,7 +72,7 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
             f"may fit once those are settled. Try again later, make fewer calls at once, or let calls wait longer "
             f"(wait_s is {run.watchdog.settings.wait_s:g} s; on an event loop only guard(model) and `async with` blocks wait)."
         )
-        return _incident(run, "busy", message, "raise", balance, refusal.needed)
+        return _incident(run, "busy", message, _graceful(run, budget), balance, refusal.needed)
     until = {
         "run": "for the rest of this run",
         "thread": "for the rest of this conversation",
@@ -82,7 +83,21 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
         f"Everything this budget covers is refused {until}. To go on, raise the ceiling with run.top_up(...); "
         "print(run) tells where the money went."
     )
-    return _incident(run, "budget", message, "raise", balance, refusal.needed)
+    return _incident(run, "budget", message, _graceful(run, budget), balance, refusal.needed)
+
+
+def exhausted_incident(run: Run, node: str, balance: Balance, budget: Budget) -> Incident:
+    """Say why a node was not started: nothing is left of its own ceiling."""
+    message = (
+        f"The node {node!r} was not started: {_account(balance, _show(balance))}, so its calls would be refused. To go on, raise the "
+        "ceiling with run.top_up(...); print(run) tells where the money went."
+    )
+    return _incident(run, "budget", message, _graceful(run, budget), balance, 0)
+
+
+def _graceful(run: Run, budget: Budget) -> str:
+    action = action_of(run, budget)
+    return action if isinstance(action, str) and action in GRACEFUL else "raise"
 
 
 def notice_incident(run: Run, notice: Notice) -> Incident:
@@ -113,17 +128,19 @@ def loop_incident(run: Run, finding: Finding, begin: Mark) -> Incident:
     # What a call was charged for lack of its usage may have been corrected since.
     cost = max(0, run.root.cost_pico - begin.cost_pico)
     last = finding.signs[-1]
-    is_model = _kind(last.what) == "model"
-    asked = "asked the same" if is_model else "called with the same arguments"
+    kind = _kind(last.what)
+    is_model = kind == "model"
+    asked = {"model": "asked the same", "node": "run with the same state"}.get(kind, "called with the same arguments")
     how = "failed in the same way" if last.failed else f"gave the same {'answer' if is_model else 'result'}"
+    steps = "nodes" if kind == "node" else "calls"
     calls = [_name(sign.what) for sign in finding.signs]
     what = {
         "same call and result": f"the {calls[0]} was {asked} {finding.times} times, and {how}",
         "same failure": f"the {calls[0]} failed {finding.times} times in the same words, whatever it was asked",
-        "cycle": f"a round of {finding.period} calls ({', '.join(calls)}) came {finding.times} times with the same results",
+        "cycle": f"a round of {finding.period} {steps} ({', '.join(calls)}) came {finding.times} times with the same results",
     }.get(
         finding.rule,
-        f"the same {finding.period} calls ({', '.join(calls)}) came again and again, about {finding.times} times each, with the same results",
+        f"the same {finding.period} {steps} ({', '.join(calls)}) came again and again, about {finding.times} times each, with the same results",
     )
     return Incident(
         kind="loop",

@@ -20,6 +20,11 @@ LIMIT_KEYS = (
     "max_new_tokens",
     "num_predict",
 )
+_LEAST = 256
+"""An ordinary answer cut below this many tokens is hardly worth its prompt."""
+_LEAST_WHOLE = 1024
+"""The same where a cut answer cannot be read at all, and no limit was given."""
+_AFTER_THINKING = 256
 _NESTED = ("extra_body", "model_kwargs", "options", "generation_config")
 _UNBOUNDED = (
     "previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content", "web_search_options",
@@ -97,10 +102,17 @@ def has_key(value: object, key: str) -> bool:
 
 def wants_whole_answer(params: Mapping[str, Any]) -> bool:
     """Tell whether a cut answer would be of no use: structured output, or a tool that must be called."""
-    if params.get("response_format") is not None or params.get("ls_structured_output_format") is not None:
+    if params.get("ls_structured_output_format") is not None:
+        return True
+    formats = [params.get("response_format"), params.get("output_format")]
+    around = (params.get("text"), params.get("output_config"))
+    formats += [outer.get("format") for outer in around if isinstance(outer, Mapping)]
+    if any(format_ is not None and not _is_of_type(format_, "text") for format_ in formats):
         return True
     choice = params.get("tool_choice")
-    return choice is not None and choice not in ("auto", "none") and choice != {"type": "auto"}
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        choice = choice.get("mode")
+    return choice is not None and choice not in ("auto", "none") and not _is_of_type(choice, "auto", "none")
 
 
 def thinking_tokens(params: Mapping[str, Any]) -> int:
@@ -108,6 +120,10 @@ def thinking_tokens(params: Mapping[str, Any]) -> int:
     thinking = params.get("thinking")
     budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
     return budget if type(budget) is int and budget > 0 else 0
+
+
+def _is_of_type(value: object, *kinds: str) -> bool:
+    return isinstance(value, Mapping) and value.get("type") in kinds
 
 
 class Facts(NamedTuple):
@@ -123,6 +139,15 @@ class Facts(NamedTuple):
     service_tier: str | None = None
     is_audio: bool = False
     """Whether sound may come in the answer."""
+
+    def least_output_tokens(self, limit: int | None) -> int:
+        """Tell the smallest output limit that is worth sending, where ``limit`` was asked for; below it the call is refused."""
+        least = _LEAST
+        if self.wants_whole_answer:
+            least = limit or _LEAST_WHOLE
+        if self.thinking_tokens:
+            least = max(least, self.thinking_tokens + _AFTER_THINKING)
+        return least
 
 
 def facts_of(params: Mapping[str, Any]) -> Facts:

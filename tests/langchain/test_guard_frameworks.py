@@ -441,11 +441,10 @@ def test_bindings_are_guarded(make, counted):
     [
         lambda model: model.with_structured_output(Answer, method="json_schema"),
         lambda model: model | StrOutputParser(),
-        lambda model: create_agent(model, [lookup]),
         lambda model: RunnableParallel(a=model),
         lambda model: model.with_fallbacks([model | StrOutputParser()]),
     ],
-    ids=["structured", "chain", "agent", "parallel", "fallbacks"],
+    ids=["structured", "chain", "parallel", "fallbacks"],
 )
 def test_what_cannot_be_reached_into_is_refused_and_the_way_is_told(build, chat):
     clevagent.init()

@@ -561,7 +561,7 @@ def address(provider):
     return host, int(port)
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/messages/count_tokens", "/"])
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/messages/batches", "/"])
 def test_an_unknown_path_is_not_found_and_not_billed(provider, path):
     request = urllib.request.Request(provider.anthropic_url + path, data=b'{"model": "gpt-4o"}')  # noqa: S310 - loopback
     with pytest.raises(urllib.error.HTTPError) as caught:

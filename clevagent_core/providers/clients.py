@@ -1,0 +1,525 @@
+"""The guard around the clients that Stainless generates (``openai``, ``anthropic``): one place, through which all they send goes.
+
+Every entry point of such a client (create, parse, stream, raw responses, ``with_options``, whatever a new version adds) ends in
+``request(cast_to, options, ...)`` of its base class, and each answer comes back through ``_process_response``. In the first an
+attempt is asked for, before it is sent; the second gives the HTTP response, whose body is metered. The SDK's own retries bill
+unseen, so they are set to 0 for each request and made here, each with a ticket of its own. What is read is ``options``, which is
+what is about to be sent, not what the user wrote. Checked with openai 1.109, 2.54 and 3.54, anthropic 0.69, 0.73 and 2.12.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from clevagent_core import default
+from clevagent_core.budgets import Budget, OnExceed, check_actions
+from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.errors import UsageError
+from clevagent_core.providers.answers import Reader
+from clevagent_core.providers.covering import give_back, take
+from clevagent_core.providers.failures import may_be_billed
+from clevagent_core.providers.metering import Meter, tap
+from clevagent_core.providers.outcomes import fail
+from clevagent_core.providers.retries import arepeat, repeat
+from clevagent_core.runs import Run
+from clevagent_core.tickets import Ticket
+
+if TYPE_CHECKING:
+    from clevagent_core.watchdog import Watchdog
+
+
+class Plan(Protocol):
+    """One request that costs something."""
+
+    call: LLMCall
+    """What it is, for guards."""
+    is_priced: bool
+    """Whether anything tells what it costs."""
+    hides_usage: bool
+    """Whether the event of the stream that only tells usage is one that the user did not ask for."""
+
+    def body(self, limit: int | None) -> Mapping[str, Any] | None:
+        """Write the JSON to send, with the output limit that was granted; ``None`` to send what there is."""
+        ...
+
+    def reader(self) -> Reader | None:
+        """Make what reads the answer; ``None`` where it tells nothing."""
+        ...
+
+    def adapt(self, error: Exception) -> bool:
+        """Change what was added to the request, if that is what the provider refuses; tell whether it was."""
+        ...
+
+    def explain(self, error: UsageError) -> UsageError:
+        """Say in the API's words why the call cannot be priced."""
+        ...
+
+
+Planner = Callable[[Any, Any], Plan | None]
+"""Reads a request: given the client and its options; ``None`` where it costs nothing."""
+
+
+class Layer(NamedTuple):
+    """One guard around a client."""
+
+    plan: Planner
+    watchdog: Watchdog | None
+    """Whom it asks; ``None`` for the process's own, whichever that is when a call is made."""
+    budgets: tuple[Budget, ...] = ()
+
+
+class _Attempt:
+    """One request on its way through one layer."""
+
+    __slots__ = ("meter", "number", "options", "plan", "ticket", "watchdog")
+
+    def __init__(self, watchdog: Watchdog, options: object, plan: Plan, ticket: Ticket | None, number: int) -> None:
+        self.watchdog = watchdog
+        self.options = options
+        """The very object that is handed on: by it the next layer knows that this is the same request."""
+        self.plan = plan
+        self.ticket = ticket
+        """``None`` where another ticket covers the request."""
+        self.number = number
+        self.meter: Meter | None = None
+
+    def ended(self) -> None:
+        """It came back. Without a response to read (a subclass of the user's has made one up), nobody else ends its ticket."""
+        if self.ticket is not None and self.meter is None:
+            self.ticket.charge()
+
+
+_PREPARE = "_copy_and_prepare"
+"""Where anthropic (from 2.0 on) makes plain JSON of what the user gave: of objects, files and iterators that can be read once."""
+
+_attempts: ContextVar[tuple[_Attempt, ...]] = ContextVar("clevagent_client_attempts", default=())
+"""The layers that the request being sent in this context has come through, outermost first."""
+
+
+class _Sending:
+    """What one layer does about one request, sync or async."""
+
+    __slots__ = ("_adapted", "_budgets", "_number", "_options", "call", "outer", "plan", "retries", "run", "watchdog")
+
+    def __init__(
+        self, layer: Layer, watchdog: Watchdog, client: Any, options: Any, plan: Plan, outer: tuple[_Attempt, ...]
+    ) -> None:
+        self.plan = plan
+        self.watchdog = watchdog
+        self.outer = outer
+        self.run: Run = watchdog.current_run()
+        self.call = plan.call
+        self.call.node, self.call.tool = watchdog.node.get(), watchdog.tool.get()
+        if not plan.is_priced and watchdog.settings.unknown_price == "allow":
+            self.call.opaque = False
+        self.retries = _retries(client, options)
+        self._budgets = layer.budgets
+        self._number = 0
+        self._options = copy.copy(options)
+        self._options.max_retries = 0
+        if self.retries and self._options.idempotency_key is None:
+            # One for all attempts, as the SDK does.
+            self._options.idempotency_key = client._idempotency_key()  # noqa: SLF001 - the SDK's own, asked for by nothing public
+
+    def open(self) -> Ticket:
+        try:
+            return self.run.open(self.call, self._budgets)
+        except UsageError as error:
+            raise self.plan.explain(error) from None
+
+    async def aopen(self) -> Ticket:
+        try:
+            return await self.run.aopen(self.call, self._budgets)
+        except UsageError as error:
+            raise self.plan.explain(error) from None
+
+    def attempt(self, ticket: Ticket) -> _Attempt:
+        options = copy.copy(self._options)
+        body = self.plan.body(ticket.max_output_tokens)
+        if body is not None:
+            options.json_data = body
+            options.extra_json = None  # it is in the body
+        attempt = _Attempt(self.watchdog, options, self.plan, ticket, self._number)
+        self._number += 1
+        return attempt
+
+
+def _retries(client: Any, options: Any) -> int:
+    retries = options.get_max_retries(client.max_retries)
+    return retries if type(retries) is int and retries > 0 else 0
+
+
+def _outer(options: object) -> tuple[_Attempt, ...]:
+    """Find the layers that this request has come through; not those of another one that is being sent around it."""
+    outer = _attempts.get()
+    return outer if outer and outer[-1].options is options else ()
+
+
+def request(
+    layer: Layer, base: Callable[..., Any], client: Any, cast_to: Any, options: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Send a request of a sync client, if it may be sent. The arguments after ``client`` are those of its ``request``.
+
+    Raises:
+        Stopped: it was refused, and not sent. UsageError: it cannot be priced.
+
+    """
+    outer = _outer(options)
+    prepare = getattr(client, _PREPARE, None)
+    if prepare is not None:
+        options = prepare(options)
+    plan = layer.plan(client, options)
+    if plan is None:
+        return _send((), base, cast_to, options, args, kwargs)
+    watchdog = layer.watchdog or default.current()
+    covering = _covering(layer, watchdog, plan, outer)
+    if covering is not _NOT_COVERED:
+        attempt = _Attempt(watchdog, options, plan, None, 0)
+        try:
+            return _send((*outer, attempt), base, cast_to, options, args, kwargs)
+        except BaseException as error:
+            _may_be_sent_again(covering, error)
+            raise
+    sending = _Sending(layer, watchdog, client, options, plan, outer)
+
+    def attempt_once() -> Any:
+        ticket = sending.open()
+        attempt = _begin(sending, ticket)
+        try:
+            result = _send((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
+        except BaseException as error:
+            fail(ticket, error)
+            if isinstance(error, Exception) and plan.adapt(error):
+                return attempt_once()
+            raise
+        attempt.ended()
+        return result
+
+    try:
+        return attempt_once()
+    except Exception as error:
+        if not sending.retries:
+            raise
+        return repeat(sending.retries, error, attempt_once)
+
+
+async def arequest(
+    layer: Layer,
+    base: Callable[..., Awaitable[Any]],
+    client: Any,
+    cast_to: Any,
+    options: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Do what ``request`` does, for an async client; waits without blocking the event loop."""
+    outer = _outer(options)
+    prepare = getattr(client, _PREPARE, None)
+    if prepare is not None:
+        options = await prepare(options)
+    plan = layer.plan(client, options)
+    if plan is None:
+        return await _asend((), base, cast_to, options, args, kwargs)
+    watchdog = layer.watchdog or default.current()
+    covering = _covering(layer, watchdog, plan, outer)
+    if covering is not _NOT_COVERED:
+        attempt = _Attempt(watchdog, options, plan, None, 0)
+        try:
+            return await _asend((*outer, attempt), base, cast_to, options, args, kwargs)
+        except BaseException as error:
+            _may_be_sent_again(covering, error)
+            raise
+    sending = _Sending(layer, watchdog, client, options, plan, outer)
+
+    async def attempt_once() -> Any:
+        ticket = await sending.aopen()
+        attempt = _begin(sending, ticket)
+        try:
+            result = await _asend((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
+        except BaseException as error:
+            fail(ticket, error)
+            if isinstance(error, Exception) and plan.adapt(error):
+                return await attempt_once()
+            raise
+        attempt.ended()
+        return result
+
+    try:
+        return await attempt_once()
+    except Exception as error:
+        if not sending.retries:
+            raise
+        return await arepeat(sending.retries, error, attempt_once)
+
+
+def _begin(sending: _Sending, ticket: Ticket) -> _Attempt:
+    try:
+        return sending.attempt(ticket)
+    except BaseException as error:
+        ticket.release(error if isinstance(error, Exception) else None)
+        raise
+
+
+def _send(
+    attempts: tuple[_Attempt, ...],
+    base: Callable[..., Any],
+    cast_to: Any,
+    options: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    token = _attempts.set(attempts)
+    try:
+        return base(cast_to, options, *args, **kwargs)
+    finally:
+        _attempts.reset(token)
+
+
+async def _asend(
+    attempts: tuple[_Attempt, ...],
+    base: Callable[..., Awaitable[Any]],
+    cast_to: Any,
+    options: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    token = _attempts.set(attempts)
+    try:
+        return await base(cast_to, options, *args, **kwargs)
+    finally:
+        _attempts.reset(token)
+
+
+_NOT_COVERED: Any = object()
+
+
+def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Attempt, ...]) -> Any:
+    """Find the ticket that covers the request; ``None`` where that of a layer around this one does."""
+    if any(attempt.watchdog is watchdog for attempt in outer):
+        return None
+    ticket = take(watchdog, plan.call.model)
+    if ticket is None:
+        return _NOT_COVERED
+    if layer.budgets:
+        give_back(ticket)
+        names = ", ".join(repr(budget.label) for budget in layer.budgets)
+        raise UsageError(
+            f"A client that was guarded with budgets of its own ({names}) was called by a framework whose call is counted already, "
+            "so these budgets would not see it, and it was refused before it was sent. Give the budgets to what the framework calls, "
+            "clevagent.guard(model, budgets=[...]), or to clevagent.run(budgets=[...]) around it; and hand it the plain client."
+        )
+    return ticket
+
+
+def _may_be_sent_again(covering: Ticket | None, error: BaseException) -> None:
+    if covering is not None and not may_be_billed(error):
+        give_back(covering)
+
+
+# -- the answer -----------------------------------------------------------------------------------------------------------
+
+
+def _meter(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Meter the response, once; give what the SDK makes its answer from."""
+    attempts = [attempt for attempt in _attempts.get() if attempt.ticket is not None]
+    meters = []
+    # The innermost sees the body first: what it asked for, no layer around it knows.
+    for attempt in reversed(attempts):
+        if attempt.meter is None and attempt.ticket is not None:
+            reader = attempt.plan.reader()
+            if reader is None:
+                attempt.ticket.settle(Usage())
+                continue
+            attempt.meter = Meter(attempt.ticket, reader, hides_usage=attempt.plan.hides_usage)
+            meters.append(attempt.meter)
+    if meters:
+        tap(kwargs["response"], meters)
+    if attempts and attempts[0].number:
+        kwargs["retries_taken"] = attempts[0].number
+    return kwargs
+
+
+# -- one client -----------------------------------------------------------------------------------------------------------
+
+_LAYER = "_clevagent_layer"
+
+
+def guard_client(
+    client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None
+) -> Any:
+    """Make a guarded copy of ``client``, of a subclass of its class. It shares the connections.
+
+    Raises:
+        UsageError: a budget that a client cannot hold, or an action that it cannot carry out.
+
+    """
+    check_actions(budgets, where="guard(client)")
+    if on_exceed is not None and not budgets:
+        raise UsageError(
+            f"guard(client, on_exceed={on_exceed!r}) has no budgets of its own to which that could apply. "
+            "Give budgets=[...] beside it, or say on_exceed in the budgets of init() or run()."
+        )
+    for budget in budgets:
+        if budget.tool_calls is not None:
+            raise UsageError(
+                f"guard(client, budgets=[{budget.label!r}]) limits tool calls, but a client is not asked when a tool is run, so the "
+                "limit would never hold. Give it to clevagent.run(budgets=[...]) and put `with clevagent.tool_call(...)` around your tools."
+            )
+    layer = Layer(plan, watchdog, tuple(budgets))
+    before: Layer | None = client.__dict__.get(_LAYER)
+    if before is not None:
+        if not budgets and watchdog in {None, before.watchdog}:
+            return client
+        # Guarded once more with budgets of its own: both sets hold.
+        more = tuple(budget for budget in budgets if budget not in before.budgets)
+        layer = Layer(plan, watchdog or before.watchdog, (*before.budgets, *more))
+    kind: Any = type(client)
+    guarded_class = kind if before is not None else _guarded_class(kind)
+    copied = object.__new__(guarded_class)
+    # Its resources (client.chat, ...) belong to the client that made them; the copy makes its own.
+    copied.__dict__.update(
+        {name: _of(copied, client, value) for name, value in client.__dict__.items() if not _is_cached(client, name)}
+    )
+    copied.__dict__[_LAYER] = layer
+    return copied
+
+
+def _is_cached(client: Any, name: str) -> bool:
+    return isinstance(getattr(type(client), name, None), functools.cached_property)
+
+
+def _of(copied: Any, client: Any, value: Any) -> Any:
+    # Clients of other clouds make their resources when they are made themselves.
+    return type(value)(copied) if getattr(value, "_client", None) is client else value
+
+
+@functools.cache
+def _guarded_class(base: type[Any]) -> type[Any]:
+    """Make the subclass for one class of clients."""
+
+    def copy_guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = base.copy(self, *args, **kwargs)
+        made.__dict__[_LAYER] = _layer_of(self)
+        return made
+
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "copy": copy_guarded,
+        "with_options": copy_guarded,
+        # Looked up at each call: what is attached to all clients may come and go.
+        "request": _request_through(base.request, lambda client: (_layer_of(client),), lambda: base.request),
+        "_process_response": _process_metered(base._process_response, lambda: base._process_response),  # noqa: SLF001 - what is overridden
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _layer_of(client: Any) -> Layer:
+    layer: Layer | None = client.__dict__.get(_LAYER)
+    if layer is None:
+        raise UsageError(
+            f"This {type(client).__name__} was made from the class of a guarded one, and nobody asked for it to be guarded, so its "
+            "call was refused. Make it from the class in the SDK, or guard it: clevagent.guard(client)."
+        )
+    return layer
+
+
+def _request_through(
+    base: Callable[..., Any], layers: Callable[[Any], Sequence[Layer]], current: Callable[[], Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """Wrap the ``request`` of a class of clients: what is sent goes through the layers, of which the last is asked first."""
+    through: Callable[..., Any] = arequest if iscoroutinefunction(base) else request
+    current = current or (lambda: base)
+
+    @functools.wraps(base)
+    def send(self: Any, cast_to: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+        inner: Callable[..., Any] = functools.partial(current(), self)
+        for layer in layers(self):
+            inner = functools.partial(_through, through, layer, inner, self)
+        return inner(cast_to, options, *args, **kwargs)
+
+    return send
+
+
+def _through(
+    through: Callable[..., Any],
+    layer: Layer,
+    inner: Callable[..., Any],
+    client: Any,
+    cast_to: Any,
+    options: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    return through(layer, inner, client, cast_to, options, args, kwargs)
+
+
+def _process_metered(base: Callable[..., Any], current: Callable[[], Callable[..., Any]] | None = None) -> Callable[..., Any]:
+    current = current or (lambda: base)
+    if iscoroutinefunction(base):
+
+        @functools.wraps(base)
+        async def aprocess(self: Any, **kwargs: Any) -> Any:
+            return await current()(self, **_meter(kwargs))
+
+        return aprocess
+
+    @functools.wraps(base)
+    def process(self: Any, **kwargs: Any) -> Any:
+        return current()(self, **_meter(kwargs))
+
+    return process
+
+
+# -- all clients of the process -------------------------------------------------------------------------------------------
+
+
+class Attachment:
+    """The guards around every client of one SDK. Safe to use from any thread."""
+
+    def __init__(self, plan: Planner) -> None:
+        """Around nothing yet."""
+        self._plan = plan
+        self._lock = threading.RLock()
+        self._layers: tuple[Layer, ...] = ()
+        self._replaced: dict[tuple[type[Any], str], tuple[Any, Any]] = {}
+        """What stood there before, and what we have put there."""
+
+    def attach(self, watchdog: Watchdog, classes: Sequence[type[Any]]) -> None:
+        """Ask ``watchdog`` before each request of a client of ``classes``, beside those that are asked already."""
+        with self._lock:
+            if any(layer.watchdog is watchdog for layer in self._layers):
+                return
+            self._layers = (*self._layers, Layer(self._plan, watchdog))
+            for client_class in classes:
+                self._replace(client_class, "request", lambda base: _request_through(base, lambda _: self._layers))
+                self._replace(client_class, "_process_response", _process_metered)
+
+    def detach(self, watchdog: Watchdog) -> None:
+        """Ask ``watchdog`` no more; the last one puts the classes back as they were."""
+        with self._lock:
+            self._layers = tuple(layer for layer in self._layers if layer.watchdog is not watchdog)
+            if self._layers:
+                return
+            for (client_class, name), (original, ours) in self._replaced.items():
+                # Whoever has wrapped it since calls ours, which asks nobody any more.
+                if client_class.__dict__.get(name) is ours:
+                    setattr(client_class, name, original)
+            self._replaced.clear()
+
+    def _replace(self, client_class: type[Any], name: str, wrap: Callable[[Any], Any]) -> None:
+        found = client_class.__dict__[name]
+        _, ours = self._replaced.get((client_class, name), (None, None))
+        if found is ours:
+            return
+        # Where somebody has wrapped ours it is put around that once more: the inner one finds that the outer one has asked.
+        ours = wrap(found)
+        self._replaced[client_class, name] = found, ours
+        setattr(client_class, name, ours)

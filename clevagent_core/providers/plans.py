@@ -1,0 +1,185 @@
+"""What a request of an SDK's client costs at most, and how it is changed so that it fits: what every API's requests share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from clevagent_core.bounds import is_opaque
+from clevagent_core.calls import LLMCall
+from clevagent_core.errors import UsageError
+from clevagent_core.providers.answers import Reader
+from clevagent_core.providers.requests import LIMIT_KEYS, Facts, facts_of
+
+
+class JsonPlan:
+    """A request whose JSON tells what it costs."""
+
+    is_priced = True
+
+    def __init__(
+        self,
+        call: LLMCall,
+        body: dict[str, Any],
+        reader: Callable[[], Reader],
+        *,
+        limit_key: str | None = None,
+        hides_usage: bool = False,
+    ) -> None:
+        """Plan a request.
+
+        Args:
+            call: what it is, for guards.
+            body: its JSON, as it would be sent.
+            reader: makes what reads its answer.
+            limit_key: where an output limit goes that nobody asked for.
+            hides_usage: whether the body asks for usage that the user did not ask for.
+
+        """
+        self.call = call
+        self.hides_usage = hides_usage
+        self._body = body
+        self._reader = reader
+        self._limit_key = limit_key
+
+    def body(self, limit: int | None) -> Mapping[str, Any]:
+        """Write the JSON to send: every limit in it is lowered to ``limit``; where there is none, one is added."""
+        body = self._body
+        if not self.call.clamp or limit is None or limit == self.call.max_output_tokens:
+            return body
+        present = [key for key in LIMIT_KEYS if type(body.get(key)) is int]
+        if present:
+            return {**body, **{key: min(body[key], limit) for key in present}}
+        return {**body, self._limit_key: limit} if self._limit_key is not None else body
+
+    def reader(self) -> Reader:
+        """Make what reads the answer."""
+        return self._reader()
+
+    def adapt(self, error: Exception) -> bool:  # noqa: ARG002 - what others look at
+        """Nothing was added that could be refused."""
+        return False
+
+    def explain(self, error: UsageError) -> UsageError:
+        """The core's words fit."""
+        return error
+
+
+class UnpricedPlan:
+    """A request that costs something which nothing in it tells: an image, a sound, a batch of calls that are made later.
+
+    Where money or tokens are limited it is refused. Else it counts as one call, of a model that is named after the endpoint.
+    """
+
+    is_priced = False
+    hides_usage = False
+
+    def __init__(self, path: str) -> None:
+        """Plan a request to ``path``."""
+        self._path = path
+        self.call = LLMCall(model=f"POST {path}", max_output_tokens=0, opaque=True)
+
+    def body(self, limit: int | None) -> None:
+        """Nothing in it can be lowered."""
+
+    def reader(self) -> None:
+        """Its answer tells nothing."""
+
+    def adapt(self, error: Exception) -> bool:  # noqa: ARG002 - what others look at
+        """Nothing was added that could be refused."""
+        return False
+
+    def explain(self, error: UsageError) -> UsageError:
+        """Say which endpoint it is, and what can be done."""
+        if self.call.model not in str(error):
+            return error
+        return UsageError(
+            f"What a POST to {self._path} costs cannot be told before it is sent (it is not billed by the tokens of its text, or runs "
+            "models later), so a ceiling in US dollars or tokens could not be held and it was refused. Send it with a client that is "
+            "not guarded and record it with clevagent.log_cost(cost_usd=...); or let all of unknown price pass, counted as calls that "
+            'cost $0, with clevagent.init(unknown_price="allow").'
+        )
+
+
+def describe(
+    model: str,
+    items: Sequence[object],
+    rest: Mapping[str, Any],
+    *,
+    provider: str | None = None,
+    answers: int | None = None,
+    is_unbounded: bool = False,
+) -> LLMCall:
+    """Say what is about to be sent.
+
+    Args:
+        model: the name in the request.
+        items: its messages, one each.
+        rest: its other parameters.
+        provider: who bills it, where that is certain.
+        answers: how many answers are made, where ``n`` does not tell.
+        is_unbounded: whether the messages refer to what is not in them.
+
+    """
+    facts: Facts = facts_of(rest)
+    limit = facts.limit
+    return LLMCall(
+        model=model,
+        input=items,
+        tools=facts.tools,
+        max_output_tokens=limit,
+        min_output_tokens=facts.least_output_tokens(limit),
+        # A limit inside of something else (a gateway's options) cannot be lowered from here.
+        clamp=limit is None or any(rest.get(key) == limit for key in LIMIT_KEYS),
+        answers=facts.answers if answers is None else answers,
+        provider=provider,
+        opaque=is_unbounded or facts.is_unbounded or is_opaque(items),
+        service_tier=facts.service_tier,
+        audio=facts.is_audio,
+    )
+
+
+def begin(options: Any, priced: re.Pattern[str], unpriced: re.Pattern[str]) -> tuple[str, dict[str, Any]] | UnpricedPlan | None:
+    """Look at what a client is about to send: which of the ``priced`` endpoints it goes to, and its JSON.
+
+    ``None`` where it costs nothing. What goes to an ``unpriced`` one, or is no JSON, has a plan already.
+    """
+    if options.method.lower() != "post":
+        return None
+    kind, path = _endpoint(str(options.url), priced, unpriced)
+    if kind is None:
+        return UnpricedPlan(path) if path else None
+    body = json_body(options)
+    return UnpricedPlan(path) if body is None else (kind, body)
+
+
+@functools.lru_cache(maxsize=1024)
+def _endpoint(url: str, priced: re.Pattern[str], unpriced: re.Pattern[str]) -> tuple[str | None, str]:
+    """Tell the priced endpoint, and the path where it costs something."""
+    path = re.sub(r"^https?://[^/]*", "", url).partition("?")[0].rstrip("/")
+    found = priced.search(path)
+    if found is not None:
+        return found[1], path
+    return None, path if unpriced.search(path) else ""
+
+
+def json_body(options: Any) -> dict[str, Any] | None:
+    """Find the JSON that a client is about to send, ``extra_body`` included; ``None`` where it sends something else."""
+    data = options.json_data
+    extra = options.extra_json
+    content = getattr(options, "content", None)
+    if data is None and isinstance(content, (bytes, bytearray)) and not extra:
+        try:
+            data = json.loads(content)
+        except ValueError:
+            return None
+    if options.files or not isinstance(data, Mapping):
+        return None
+    return {key: value for key, value in {**data, **(extra or {})}.items() if type(value).__name__ not in _NOT_SENT}
+
+
+_NOT_SENT = frozenset({"Omit", "NotGiven"})
+"""The SDKs' marks for a parameter that is left out."""

@@ -1,0 +1,144 @@
+"""Whom a call has to be asked of: every watchdog that guards the kickoffs around it, the model, or the process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from clevagent_core import default
+from clevagent_core.budgets import Budget
+from clevagent_core.errors import BudgetBusy, Stopped
+from clevagent_core.runs import Run
+from clevagent_crewai.works import Work, works
+
+if TYPE_CHECKING:
+    from crewai.llms.base_llm import BaseLLM
+
+    from clevagent_core.watchdog import Watchdog
+
+attached: list[Watchdog] = []
+"""Whom every call of the process is asked of."""
+working: ContextVar[str | None] = ContextVar("clevagent_crewai_role", default=None)
+"""The role of the agent that has called a model last in this context."""
+
+GUARD = "_clevagent_guard"
+"""Where a guarded model keeps its guard, beside its private attributes."""
+
+
+class ModelGuard:
+    """What a guarded model knows beside being a model."""
+
+    __slots__ = ("budgets", "watchdog")
+
+    def __init__(self, watchdog: Watchdog | None, budgets: tuple[Budget, ...]) -> None:
+        self.watchdog = watchdog
+        """``None`` for the process's own, whichever that is when a call is made."""
+        self.budgets = budgets
+
+    def __deepcopy__(self, memo: object) -> ModelGuard:
+        """A copy of the model has the same budgets, and the same watchdog."""
+        return self
+
+
+class Gate:
+    """One watchdog that has to be asked, with what it is told of the call."""
+
+    __slots__ = ("extra", "run", "watchdog", "work")
+
+    def __init__(self, watchdog: Watchdog, work: Work | None) -> None:
+        self.watchdog = watchdog
+        self.work = work
+        """The innermost kickoff that it watches."""
+        self.run: Run
+        self.extra: tuple[Budget, ...] = ()
+
+    def add(self, budgets: tuple[Budget, ...]) -> None:
+        """Add budgets of a guarded object. The same tuple each time, where it can be: accounts are looked up by it."""
+        if not self.extra:
+            self.extra = budgets
+        elif budgets:
+            self.extra = _together(self.extra, budgets)
+
+
+_Budgets = tuple[Budget, ...]
+_known: dict[tuple[int, int], tuple[_Budgets, _Budgets, _Budgets]] = {}
+_KNOWN = 256
+
+
+def _together(ones: _Budgets, others: _Budgets) -> _Budgets:
+    # By identity: what a budget calls at its ceiling need not be hashable.
+    key = id(ones), id(others)
+    found = _known.get(key)
+    if found is None or found[0] is not ones or found[1] is not others:
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        found = _known[key] = ones, others, (*ones, *(budget for budget in others if budget not in ones))
+    return found[2]
+
+
+def gates_of(role: str | None, task: str | None, model: BaseLLM | None = None) -> list[Gate]:
+    """Find everybody who has to let a call through: one of ``model``, or of a tool.
+
+    Raises:
+        Stopped: the kickoff that it is a part of was stopped.
+
+    """
+    gates: list[Gate] = []
+    for work in works(model):
+        gate = _gate_of(gates, work.watchdog, work)
+        work.check()
+        if not work.is_over:
+            gate.add(work.budgets_for(role, task))
+    guard = guard_of(model) if model is not None else None
+    if guard is not None:
+        gate = _gate_of(gates, guard.watchdog or default.current(), None)
+        gate.add(guard.budgets)
+    for watchdog in attached:
+        _gate_of(gates, watchdog, None)
+    for gate in gates:
+        gate.run = _run_of(gate, role, task)
+    return gates
+
+
+def _gate_of(gates: list[Gate], watchdog: Watchdog, work: Work | None) -> Gate:
+    for gate in gates:
+        if gate.watchdog is watchdog:
+            return gate
+    gates.append(Gate(watchdog, work))
+    return gates[-1]
+
+
+def _run_of(gate: Gate, role: str | None, task: str | None) -> Run:
+    run: Run | None = gate.watchdog.current.get()
+    work = gate.work
+    if run is None and work is not None and not work.is_over:
+        run = work.run
+    while run is not None and run.ended_at is not None:
+        run = run.parent  # what was left behind by a kickoff that is over
+    if run is None:
+        return gate.watchdog.current_run()
+    return run if work is None or work.is_over else work.run_of(run, role, task)
+
+
+def name_of(value: object, attribute: str) -> str | None:
+    """Give an agent's role, or a task's name, without the spaces around it that YAML leaves."""
+    name = getattr(value, attribute, None)
+    return name.strip() or None if isinstance(name, str) else None
+
+
+def task_name_of(task: object) -> str | None:
+    """Give what a task is called: its name, else its description."""
+    return name_of(task, "name") or name_of(task, "description")
+
+
+def guard_of(model: BaseLLM) -> ModelGuard | None:
+    """Give what a guarded model knows beside being a model."""
+    return (model.__pydantic_private__ or {}).get(GUARD)
+
+
+def refuse(gates: Sequence[Gate], error: Stopped) -> None:
+    """Latch the kickoffs around a call that was refused; not where what there is is only held by other calls."""
+    for gate in gates:
+        if gate.work is not None and not gate.work.is_over and not isinstance(error, BudgetBusy):
+            gate.work.latch(error)

@@ -1,0 +1,181 @@
+"""What is being done in a context: one kickoff of a crew, an agent or a flow, with its run, its budgets and its latch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from clevagent_core.budgets import Budget
+from clevagent_core.errors import Stopped
+from clevagent_core.verdicts import Incident
+
+if TYPE_CHECKING:
+    from clevagent_core.runs import Run
+    from clevagent_core.watchdog import Watchdog
+
+
+class Work:
+    """One kickoff. Safe to use from any thread.
+
+    Contexts carry it: CrewAI copies the caller's context into every thread and task of its own. A raw thread of the user's inherits
+    none; there, a model that is known to belong to one kickoff that goes on counts as called in it.
+    """
+
+    __slots__ = ("_lock", "_models", "_owns_run", "_tasks", "budgets", "is_over", "obj", "outer", "refusal", "run", "watchdog")
+
+    def __init__(
+        self, obj: object, watchdog: Watchdog, budgets: Sequence[Budget], run: Run | None, models: Sequence[object]
+    ) -> None:
+        """Begin it; a run, too, unless ``run`` is the one it is a part of."""
+        self.obj = obj
+        """What was kicked off."""
+        self.watchdog = watchdog
+        self.outer: Work | None = None
+        """The one around it in this context."""
+        self.is_over = False
+        self.refusal: Stopped | None = None
+        """The latch: what this kickoff was stopped with. Every later call in it is refused with the same."""
+        self._owns_run = run is None
+        self.budgets: tuple[Budget, ...] = tuple(budgets) if run is not None else ()
+        """Those that no run of its own holds: they count from the outermost run on."""
+        # Raw threads do not inherit it: of two kickoffs at once, one would become a part of the other.
+        self.run = run or watchdog.start_run(budgets=budgets, parent=run_around(watchdog), inherited=False)
+        self._tasks: dict[tuple[str, str], Run] = {}
+        self._models = {id(model) for model in models}
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        """Make it the innermost one of this context."""
+        self.outer = _innermost.get()
+        _innermost.set(self)
+        if self._owns_run:
+            self.watchdog.current.set(self.run)
+        if self._models:
+            with _lock:
+                _going_on.append(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """End it, and its run: what is still in flight is charged."""
+        self.is_over = True
+        if error is not None and self.refusal is None:
+            self.refusal = error if isinstance(error, Stopped) else self._ended(error)
+        if self._models:
+            with _lock:
+                _going_on.remove(self)
+        # Not by token: an asynchronous kickoff may be closed in another context than the one it was begun in.
+        if _innermost.get() is self:
+            _innermost.set(self.outer)
+        if not self._owns_run:
+            return
+        if self.watchdog.current.get() is self.run:
+            self.watchdog.current.set(self.run.parent)
+        for run in self._tasks.values():
+            run.end()
+        self.run.end()
+
+    def latch(self, refusal: Stopped) -> None:
+        """Stop the whole kickoff: CrewAI tells the model that a tool, or a coworker, has failed, and goes on.
+
+        An agent that works in a crew's kickoff stops that one.
+        """
+        if self.refusal is None:
+            self.refusal = refusal
+        if not self._owns_run and self.outer is not None:
+            self.outer.latch(refusal)
+
+    def check(self) -> None:
+        """Refuse a call of a kickoff that was stopped, or that is over.
+
+        Raises:
+            Stopped: it was.
+
+        """
+        refusal = self.refusal
+        if refusal is not None and not self.watchdog.wrapping_up.get():
+            raise type(refusal)(refusal.incident)
+
+    def run_of(self, run: Run, role: str | None, task: str | None) -> Run:
+        """Find the run that a call made in a task counts against: one inside ``run`` where the task has budgets of its own."""
+        if task is None or not self._owns_run:
+            return run
+        own = task_budgets(self.run.budgets, role, task)
+        if not own:
+            return run
+        key = run.run_id, task
+        with self._lock:
+            found = self._tasks.get(key)
+            if found is None:
+                found = self._tasks[key] = self.watchdog.start_run(budgets=own, parent=run, inherited=False)
+            return found
+
+    def budgets_for(self, role: str | None, task: str | None) -> tuple[Budget, ...]:
+        """Give the budgets of an agent that is a part of another's run."""
+        if task is None or all(budget.node is None for budget in self.budgets):
+            return self.budgets
+        own = task_budgets(self.budgets, role, task)
+        return (*(budget for budget in self.budgets if budget.node is None or matches(budget.node, role)), *own)
+
+    def _ended(self, error: BaseException) -> Stopped:
+        return Stopped(
+            Incident(
+                kind="ended",
+                message=(
+                    f"This kickoff has ended ({type(error).__name__}), and a thread that it left behind wanted to call a model: nobody would "
+                    "hear the answer, so it was refused before it was sent. Kick off again."
+                ),
+                agent=self.watchdog.settings.agent,
+                run_id=self.run.run_id,
+                at=self.watchdog.clock.wall(),
+                action="raise",
+            )
+        )
+
+
+def run_around(watchdog: Watchdog) -> Run | None:
+    """Find the run that a kickoff is a part of; in a raw thread, the block around all that is active in the process."""
+    return watchdog.enclosing_run()
+
+
+def task_budgets(budgets: Sequence[Budget], role: str | None, task: str) -> tuple[Budget, ...]:
+    """Give the budgets whose ``node`` means the task, as what every call in it counts against."""
+    return tuple(
+        replace(budget, node=None)
+        for budget in budgets
+        if budget.node is not None and matches(budget.node, task) and not matches(budget.node, role)
+    )
+
+
+def matches(pattern: str, name: str | None) -> bool:
+    """Tell whether ``Budget(node=pattern)`` means ``name``."""
+    return name is not None and (pattern == name or fnmatchcase(name, pattern))
+
+
+_innermost: ContextVar[Work | None] = ContextVar("clevagent_crewai_work", default=None)
+_lock = threading.RLock()
+_going_on: list[Work] = []
+
+
+def works(model: object | None = None) -> Iterator[Work]:
+    """Give the kickoffs around this context, innermost first; outside of all, the only one that ``model`` belongs to."""
+    work = _innermost.get()
+    if work is None and model is not None and _going_on:
+        with _lock:
+            known = [other for other in _going_on if id(model) in other._models]  # noqa: SLF001 - the same module
+        work = known[0] if len(known) == 1 else None
+    while work is not None:
+        yield work
+        work = work.outer
+
+
+def is_inside(obj: object) -> bool:
+    """Tell whether this context is a part of a kickoff of ``obj``: entry points call each other."""
+    return any(work.obj is obj and not work.is_over for work in works())
+
+
+def is_watched_by(watchdog: Watchdog) -> bool:
+    """Tell whether a kickoff around this context has a run of ``watchdog``."""
+    return any(work.watchdog is watchdog for work in works())

@@ -1,0 +1,152 @@
+"""What a request to OpenAI's API is, by its path and its JSON: what it costs at most, and where its output limit goes.
+
+Chat completions, old completions, responses and embeddings are priced. What else runs a model (images, sound, video, batches,
+assistants, fine-tuning, agents) tells nothing that a bound could be made from. Everything else costs nothing by the token: lists,
+files, moderations, token counts. Checked with openai 1.109, 2.54 and 3.54.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clevagent_core.bounds import content_bound
+from clevagent_core.calls import LLMCall
+from clevagent_core.providers.answers import ChatReader, ResponsesReader
+from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe
+
+_PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
+_UNPRICED = re.compile(
+    r"(?:^|/)(?:images/\w+|audio/(?:speech|transcriptions|translations)|videos(?:/edits|/extensions|/[^/]+/remix)?|batches|decisions"
+    r"|responses/compact|fine_tuning/jobs|fine_tuning/alpha/graders/run|evals/[^/]+/runs|threads/runs|threads/[^/]+/runs"
+    r"|threads/[^/]+/runs/[^/]+/submit_tool_outputs|realtime/(?:calls|client_secrets|sessions|transcription_sessions)"
+    r"|realtime/translations/client_secrets|live/sessions|chatkit/sessions|agents/sessions|agents/sessions/[^/]+/events"
+    r"|agents/automations/[^/]+/invocations|rerank)$"
+)
+_REASONING = re.compile(r"(?:^|[/:])(?:o\d|gpt-(?:[5-9]|\d\d)|codex)")
+"""Models that refuse ``max_tokens``; also behind gateways (``openai/o3``) and fine-tuned (``ft:o4-mini:...``)."""
+
+
+def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
+    """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
+    begun = begin(options, _PRICED, _UNPRICED)
+    if not isinstance(begun, tuple):
+        return begun
+    kind, body = begun
+    if kind == "chat/completions":
+        return _chat(client, body)
+    if kind == "responses":
+        return _response(client, body)
+    return _completion(client, body) if kind == "completions" else _embeddings(client, body)
+
+
+class _LimitedPlan(JsonPlan):
+    """A chat or text completion, whose limit and question for usage not every server takes."""
+
+    def adapt(self, error: Exception) -> bool:
+        """See :meth:`clevagent_core.providers.clients.Plan.adapt`. Such a refusal is not billed."""
+        if getattr(error, "status_code", None) not in {400, 422}:
+            return False
+        text = str(error)
+        if self.hides_usage and "stream_options" in text:
+            self.hides_usage = False
+            del self._body["stream_options"]
+            return True
+        key = self._limit_key
+        if self.call.max_output_tokens is None and key is not None and key in text:
+            # A model that knows only the other name of it. Not where the user has named it.
+            self._limit_key = None if self._has_flipped else _OTHER[key]
+            self._has_flipped, flipped = True, self._has_flipped
+            return not flipped
+        return False
+
+    _has_flipped = False
+
+
+_OTHER = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def _chat(client: Any, body: dict[str, Any]) -> JsonPlan:
+    messages = body.get("messages")
+    items = _items(messages)
+    rest = {key: value for key, value in body.items() if key != "messages"}
+    model = _model(client, body)
+    # An answer in sound is referred to by its id alone.
+    refers = any(isinstance(item, Mapping) and item.get("audio") is not None for item in items)
+    call = describe(model, items, rest, provider=_biller(client), is_unbounded=refers)
+    _add_prediction(call, body)
+    hides = _ask_for_usage(body)
+    # Both names are taken by OpenAI itself, but for the models that refuse one; other servers may know only the old one.
+    is_new = "openai.com" in str(client.base_url) or _REASONING.search(model) is not None
+    return _LimitedPlan(call, body, ChatReader, limit_key="max_completion_tokens" if is_new else "max_tokens", hides_usage=hides)
+
+
+def _completion(client: Any, body: dict[str, Any]) -> JsonPlan:
+    prompts = _prompts(body.get("prompt"))
+    rest = {key: value for key, value in body.items() if key not in {"prompt", "best_of", "n"}}
+    made = [count for key in ("n", "best_of") if type(count := body.get(key)) is int]
+    call = describe(_model(client, body), prompts, rest, provider=_biller(client), answers=max([1, *made]) * max(1, len(prompts)))
+    return _LimitedPlan(call, body, ChatReader, limit_key="max_tokens", hides_usage=_ask_for_usage(body))
+
+
+def _response(client: Any, body: dict[str, Any]) -> JsonPlan:
+    items = [body["instructions"]] if body.get("instructions") is not None else []
+    items += _items(body.get("input"))
+    rest = {key: value for key, value in body.items() if key not in {"instructions", "input", "n"}}
+    call = describe(_model(client, body), items, rest, provider=_biller(client))
+    return JsonPlan(call, body, ResponsesReader, limit_key="max_output_tokens")
+
+
+def _embeddings(client: Any, body: dict[str, Any]) -> JsonPlan:
+    # Models for embeddings are listed by name for OpenAI and Azure only.
+    provider = _biller(client) or "openai"
+    call = LLMCall(model=_model(client, body), input=_prompts(body.get("input")), max_output_tokens=0, provider=provider)
+    return JsonPlan(call, body, ChatReader)
+
+
+def _model(client: Any, body: Mapping[str, Any]) -> str:
+    # An Azure client may name its deployment once for all.
+    return str(body.get("model") or getattr(client, "_azure_deployment", None) or "")
+
+
+def _biller(client: Any) -> str | None:
+    # Many providers are reached through OpenAI's client; the model's own name tells more.
+    return "azure" if any("AzureOpenAI" in base.__name__ for base in type(client).__mro__) else None
+
+
+def _items(messages: object) -> list[object]:
+    if isinstance(messages, (list, tuple)):
+        return list(messages)
+    return [] if messages is None else [messages]
+
+
+def _prompts(prompt: object) -> Sequence[object]:
+    """Give each prompt as text. One of token ids has as many tokens as ids, and so as many as this many letters at most."""
+    if not isinstance(prompt, (list, tuple)):
+        return [] if prompt is None else [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return ["x" * len(prompt)]
+    return ["x" * len(part) if isinstance(part, (list, tuple)) else part for part in prompt]
+
+
+def _add_prediction(call: LLMCall, body: Mapping[str, Any]) -> None:
+    """What was predicted and not written is billed as output, beside the limit: more answers of that length cover it."""
+    prediction = body.get("prediction")
+    if prediction is None:
+        return
+    tokens, limit = content_bound(prediction), call.max_output_tokens
+    call.answers *= 2 if limit is None else 1 - (-tokens // limit)
+    # Not clamped: the shorter the limit, the less would be covered.
+    call.min_output_tokens = max(call.min_output_tokens, tokens) if limit is None else limit
+
+
+def _ask_for_usage(body: dict[str, Any]) -> bool:
+    """Let a stream tell its usage, in ``body``; tell whether the user has not asked for that."""
+    if body.get("stream") is not True:
+        return False
+    options = body.get("stream_options")
+    if isinstance(options, Mapping) and options.get("include_usage"):
+        return False
+    body["stream_options"] = {**options, "include_usage": True} if isinstance(options, Mapping) else {"include_usage": True}
+    return True

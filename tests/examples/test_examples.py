@@ -1,0 +1,103 @@
+"""Each example runs as it stands, offline, and prints what a reader should see."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from inline_snapshot import snapshot
+
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "offline")
+CREWAI = {"research_crew", "shared_budget"}
+"""Those that need CrewAI, which is in an environment of its own."""
+
+
+@pytest.fixture
+def play(monkeypatch, capsys):
+    """Run an example; give what it printed, without what differs each time."""
+
+    def play(name):
+        if name in CREWAI and find_spec("crewai") is None:
+            pytest.skip("CrewAI is not in this environment; `make test-crewai` runs this")
+        for variable in [name for name in os.environ if name.endswith(("_API_KEY", "_BASE_URL"))]:
+            monkeypatch.delenv(variable)
+        monkeypatch.syspath_prepend(str(FOLDER))
+        try:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        finally:
+            sys.modules.pop("offline", None)
+        printed = re.sub(r"\b[0-9a-f]{32}\b", "RUN-ID", capsys.readouterr().out)
+        return re.sub(r"started .*, ended after .* s", "started THEN, ended after A WHILE", printed)
+
+    return play
+
+
+def test_every_example_has_a_test():
+    tests = Path(__file__).read_text()
+    assert [name for name in EXAMPLES if f'play("{name}")' not in tests] == []
+
+
+def test_every_example_is_in_the_readme():
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert [name for name in EXAMPLES if f"examples/{name}.py" not in readme] == []
+
+
+def test_react_agent(play):
+    assert play("react_agent") == snapshot("""\
+The agent says: The documents that I searched say nothing about shipments from Lyon.
+run RUN-ID of 'warehouse', started THEN, ended after A WHILE
+  spent $0.0009679 in 9 model calls (5,413 tokens in, 260 out) and 8 tool calls
+  refused 1, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                      9 calls      $0.0009679      5,413 in       260 out
+  node   model                            9 calls      $0.0009679      5,413 in       260 out
+  tool   search                           8 calls           $0.00          0 in         0 out
+The provider received 9 requests and billed $0.000968.
+""")
+
+
+def test_agent_executor(play):
+    assert play("agent_executor") == snapshot("""\
+Stopped: A call of the tool 'temperature' was refused before it was sent. It could cost up to 1 tool call, and the budget '3 tool_calls per run' (RUN-ID) has spent 3 tool calls of 3 tool calls, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+Known so far: Lyon, Turin, Graz
+run RUN-ID of 'weather', started THEN, ended after A WHILE
+  spent $0.000237 in 4 model calls (1,260 tokens in, 80 out) and 3 tool calls
+  refused 1, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                      4 calls       $0.000237      1,260 in        80 out
+  tool   temperature                      3 calls           $0.00          0 in         0 out
+  budget '3 tool_calls per run' (tool_calls): 3 of 3 spent, 0 held, stopped
+The provider received 4 requests and billed $0.000237.
+""")
+
+
+def test_own_plugin(play):
+    assert play("own_plugin") == snapshot("""\
+diary: 1 calls, $0.0030, 0 refused
+Stopped: It is 0:00, and models are called from 6:00 to 22:00 only. Try again in the morning.
+diary: 0 calls, $0.0000, 1 refused
+""")
+
+
+def test_two_node_graph(play):
+    assert play("two_node_graph") == snapshot()
+
+
+def test_graph_that_asks(play):
+    assert play("graph_that_asks") == snapshot()
+
+
+def test_raw_client(play):
+    assert play("raw_client") == snapshot()
+
+
+def test_research_crew(play):
+    assert play("research_crew") == snapshot()
+
+
+def test_shared_budget(play):
+    assert play("shared_budget") == snapshot()
