@@ -15,8 +15,8 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
 # What runs in an environment depends on the versions in it only here.
-ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples
-PARALLEL := -n auto
+ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples tests/docs tests/cli/test_demo.py
+PARALLEL := -n auto --dist worksteal
 
 .PHONY: demo test test-newest test-crewai test-oldest lint install bench bench-peers clean
 
@@ -43,6 +43,9 @@ bench: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/python benchmarks/hot_paths.py
 	$(CREWAI)/bin/python benchmarks/ceilings.py
 	$(BIN)/python benchmarks/ledgers.py
+	$(BIN)/python benchmarks/clients.py
+	$(BIN)/python benchmarks/graphs.py
+	$(CREWAI)/bin/python benchmarks/crews.py
 	$(BIN)/python -m benchmarks.results
 
 # ClevAgent beside others, in an environment of their own; the table of README.md follows.

@@ -31,7 +31,7 @@ def node_of(watchdog: Watchdog, metadata: Mapping[str, Any]) -> str | None:
 def open_in_graph(run: Run, call: Call, budgets: Sequence[Budget] = ()) -> Ticket:
     """Do what ``run.open`` does; in a node, a refusal is of the type that LangGraph lets pass."""
     through = run.watchdog.through
-    passes = None
+    passes = _error("GraphBubbleUp") if call.node is not None and through.get() is None else None
     if passes is None:
         return run.open(call, budgets)
     through.set(passes)
@@ -44,7 +44,7 @@ def open_in_graph(run: Run, call: Call, budgets: Sequence[Budget] = ()) -> Ticke
 async def aopen_in_graph(run: Run, call: Call, budgets: Sequence[Budget] = ()) -> Ticket:
     """Do what ``run.aopen`` does; in a node, a refusal is of the type that LangGraph lets pass."""
     through = run.watchdog.through
-    passes = None
+    passes = _error("GraphBubbleUp") if call.node is not None and through.get() is None else None
     if passes is None:
         return await run.aopen(call, budgets)
     through.set(passes)

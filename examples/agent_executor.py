@@ -1,6 +1,6 @@
 """The older ``AgentExecutor`` of LangChain, with the callback handler: what was called is refused, and the work so far is kept.
 
-    pip install "clevagent[langchain]" langchain-classic langchain-openai
+    pip install ".[langchain]" langchain-classic langchain-openai
     python examples/agent_executor.py
 
 A handler cannot change a request. So the model has an output limit (``max_tokens``) and no retries of its own, and is told to ask for

@@ -1,6 +1,6 @@
 """A graph that asks a person for more money instead of failing, and goes on where it stopped.
 
-    pip install "clevagent[langgraph]" langchain-openai
+    pip install ".[langgraph]" langchain-openai
     python examples/graph_that_asks.py
 
 ``guard(graph, on_exceed="ask")`` returns the state with ``__interrupt__``, as ``interrupt()`` in a node does. The answer is given the way

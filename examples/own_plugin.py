@@ -1,6 +1,6 @@
 """A plugin of one's own, in one file: a guard that keeps agents from the model at night, and an observer that keeps a diary.
 
-    pip install clevagent
+    pip install .
     python examples/own_plugin.py
 
 A plugin is any object with methods that carry ``@hookimpl``. A package makes one known to every program that installs it by an

@@ -1,6 +1,6 @@
 """A loop of one's own around a raw client: no framework, one line for the guard.
 
-    pip install "clevagent[openai]"
+    pip install ".[openai]"
     python examples/raw_client.py
 
 A guarded client asks before each attempt, retries inside the SDK included, and sends an output limit that fits what is left. Here the

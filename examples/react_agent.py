@@ -1,6 +1,6 @@
 """A ReAct agent with tools that searches without end, and is stopped in a sentence rather than by an error.
 
-    pip install "clevagent[langchain]" langchain langchain-openai
+    pip install ".[langchain]" langchain langchain-openai
     python examples/react_agent.py
 
 ``BudgetMiddleware`` ends the agent gracefully: the model itself writes the closing message, paid from what ``keep_usd`` keeps back.

@@ -1,6 +1,6 @@
 """A crew of two, with the step and task callbacks, a ceiling for one agent, and a ping when the work is done.
 
-    pip install "clevagent[crewai]"
+    pip install ".[crewai]"
     python examples/research_crew.py
 
 ``guard(crew)`` is what holds the ceilings. The callbacks only tell what was done: CrewAI calls them when a model or a tool has answered,

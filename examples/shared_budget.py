@@ -1,6 +1,6 @@
 """One ceiling for a LangChain agent, a crew and a graph.
 
-    pip install "clevagent[langgraph,crewai]" langchain langchain-openai
+    pip install ".[langgraph,crewai]" langchain langchain-openai
     python examples/shared_budget.py
 
 Each framework is guarded in its own way; a run around them, or ``init(budgets=[...])``, holds one ceiling over all of them. The crew

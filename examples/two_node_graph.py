@@ -1,6 +1,6 @@
 """A graph of two nodes, each with a name in the bill, and one with a ceiling of its own.
 
-    pip install "clevagent[langgraph]" langchain-openai
+    pip install ".[langgraph]" langchain-openai
     python examples/two_node_graph.py
 
 The critic sends the draft back again and again. ``monitored_node`` tells costs by node, and refuses the writer before it runs once it

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
+
+# Before CrewAI is imported: nothing of a test leaves this machine (the socket fixture would fail it).
+os.environ.update(
+    CREWAI_DISABLE_TELEMETRY="true",
+    OTEL_SDK_DISABLED="true",
+    CREWAI_TRACING_ENABLED="false",
+    CREWAI_DISABLE_VERSION_CHECK="true",
+    CREWAI_TESTING="true",
+    LITELLM_LOCAL_MODEL_COST_MAP="True",
+    # It keeps what tasks gave in a database of the user's, which versions write differently.
+    CREWAI_STORAGE_DIR=tempfile.mkdtemp(prefix="crewai-"),
+)
 
 import pytest
 
 import clevagent
 from clevagent.testing import FakeClock
 from clevagent_core import default
+
+HAS_CREWAI = importlib.util.find_spec("crewai") is not None
+"""CrewAI is in an environment of its own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not HAS_CREWAI:
+        return
+    # CrewAI and litellm keep clients and event loops that nobody closes, and use what others have deprecated.
+    for line in (
+        "ignore:unclosed:ResourceWarning",
+        "ignore::DeprecationWarning",
+        "ignore::pydantic.warnings.PydanticDeprecationWarning",
+        "ignore::UserWarning",
+        "ignore:Cannot set an attribute on 'crewai:ImportWarning",
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore:coroutine .* was never awaited:RuntimeWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what CrewAI's own imports warn of
+        import crewai  # noqa: F401 - for all that follow
+        import litellm  # noqa: F401 - the same
+
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 

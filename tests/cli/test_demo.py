@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -169,6 +170,9 @@ def test_every_ceiling_of_the_demo_holds_and_every_ledger_agrees_with_the_bill(p
         ("Retries after timeouts", "ceiling", "ceiling"),
         ("Five processes", "ceiling", "ceiling"),
         ("Going in circles", "loop", "loop"),
+        ("A loop of one's own", "ceiling", "ceiling"),
+        ("A graph that fans out", "ceiling", "ceiling"),
+        *([("A crew, 30 times", "ceiling", "ceiling")] if find_spec("crewai") else []),
     ]
     for result in results:
         assert result.overshoot_pico == 0
@@ -184,7 +188,7 @@ def test_every_ceiling_of_the_demo_holds_and_every_ledger_agrees_with_the_bill(p
 @pytest.mark.slow
 def test_the_demos_scenes_are_what_they_say(performance):
     """Forty calls of an agent; fifty of a cent each against room for ten; three requests for each call that times out."""
-    (parsing, fan_out, streams, retries, processes, circles), _ = performance
+    (parsing, fan_out, streams, retries, processes, circles, client, graph, *crew), _ = performance
     assert parsing.unguarded.requests == 40
     assert 10 <= parsing.guarded.requests < 40
     for result in (fan_out, streams):
@@ -198,6 +202,13 @@ def test_the_demos_scenes_are_what_they_say(performance):
     assert circles.unguarded.requests == 40
     assert (circles.guarded.requests, circles.act.refused) == (7, 1)
     assert circles.guarded.billed_pico < 0.02 * circles.ceiling_pico
+    assert client.unguarded.requests == 60
+    assert client.guarded.requests < 40
+    assert graph.unguarded == Bill(billed_pico=50 * CENT, requests=50)
+    assert (graph.guarded.requests, graph.act.refused) == (9, 41)
+    for result in crew:  # a prompt of CrewAI's own: about a cent
+        assert result.unguarded.requests == 30
+        assert result.guarded.billed_pico >= 0.8 * result.ceiling_pico
 
 
 def test_each_scene_is_two_lines_of_a_table_that_fits_80_columns():
@@ -257,7 +268,7 @@ def test_the_demo_as_a_command_in_a_pipe_prints_plain_lines_and_exits_with_0():
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert done.stdout.count("held") >= 6
+    assert done.stdout.count("held") >= 8
 
 
 # -- its processes --------------------------------------------------------------------------------------------------------

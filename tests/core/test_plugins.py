@@ -746,9 +746,11 @@ def test_an_import_goes_on_where_auto_cannot_attach_and_it_is_told(make, module,
     watchdog = make(plugins=[Attaches(module, fails_with=UsageError("it is too old")), heard], attach="auto")
     importlib.import_module(module)
     assert watchdog.flush() == 0
-    assert [incident.message.replace(module, "MODULE") for incident in heard.incidents] == snapshot([
-    "MODULE was imported, but ClevAgent could not attach to it (it is too old), so its calls go out unchecked. Mend what is told, or guard what is made with it: clevagent.guard(...). init(attach=['MODULE']) fails instead of going on."
-])
+    assert [incident.message.replace(module, "MODULE") for incident in heard.incidents] == snapshot(
+        [
+            "MODULE was imported, but ClevAgent could not attach to it (it is too old), so its calls go out unchecked. Mend what is told, or guard what is made with it: clevagent.guard(...). init(attach=['MODULE']) fails instead of going on."
+        ]
+    )
 
 
 def test_a_plugin_that_cannot_tell_what_it_attaches_to_is_passed_over(make, module, caplog):

@@ -84,20 +84,65 @@ diary: 0 calls, $0.0000, 1 refused
 
 
 def test_two_node_graph(play):
-    assert play("two_node_graph") == snapshot()
+    assert play("two_node_graph") == snapshot("""\
+Stopped: The node 'write' was not started: the budget '3 llm_calls per run in node write' (RUN-ID) has spent 3 llm calls of 3 llm calls, and calls in flight hold 0 llm calls, so its calls would be refused. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+Reached: {'topic': 'loops', 'draft': 'Loops are hard to see from inside.', 'round': 3}
+run RUN-ID of 'essay', started THEN, ended after A WHILE
+  spent $0.0000846 in 6 model calls (276 tokens in, 72 out) and 0 tool calls
+  refused 1, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                      6 calls      $0.0000846        276 in        72 out
+  node   review                           3 calls     $0.00004995        189 in        36 out
+  node   write                            3 calls     $0.00003465         87 in        36 out
+  budget '3 llm_calls per run in node write' (llm_calls): 3 of 3 spent, 0 held
+The provider received 6 requests and billed $0.000085.
+""")
 
 
 def test_graph_that_asks(play):
-    assert play("graph_that_asks") == snapshot()
+    assert play("graph_that_asks") == snapshot("""\
+3 chapters. The graph asks: The budget 'book' has spent $0.0001881 of $0.00025, and the next call could cost up to $0.0000663. Raise it, or stop here?
+Done: 6 chapters.
+The provider received 6 requests and billed $0.000376.
+""")
 
 
 def test_raw_client(play):
-    assert play("raw_client") == snapshot()
+    assert play("raw_client") == snapshot("""\
+Stopped: A model call to 'gpt-4o-mini' was refused before it was sent. It could cost up to $0.0002409, and the budget '$0.001 per run' (RUN-ID) has spent $0.0008217 of $0.001, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+11 ideas.
+run RUN-ID of 'brainstorm', started THEN, ended after A WHILE
+  spent $0.0008217 in 11 model calls (2,838 tokens in, 660 out) and 0 tool calls
+  refused 1, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                     11 calls      $0.0008217      2,838 in       660 out
+  budget '$0.001 per run' (usd): $0.0008217 of $0.001 spent, $0.00 held, stopped
+The provider received 11 requests and billed $0.000822.
+""")
 
 
 def test_research_crew(play):
-    assert play("research_crew") == snapshot()
+    assert play("research_crew") == snapshot("""\
+The crew says: Watchdogs work best inside.
+run RUN-ID of 'research-crew', started THEN, ended after A WHILE
+  spent $0.0001467 in 2 model calls (658 tokens in, 80 out) and 0 tool calls
+  refused 0, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                      2 calls      $0.0001467        658 in        80 out
+  node   Writer                           1 calls      $0.0000798        372 in        40 out
+  node   Researcher                       1 calls      $0.0000669        286 in        40 out
+The provider received 2 requests and billed $0.000147.
+""")
 
 
 def test_shared_budget(play):
-    assert play("shared_budget") == snapshot()
+    assert play("shared_budget") == snapshot("""\
+agent: done
+crew: done
+graph: stopped, 2 of 2 calls are used up
+run RUN-ID of 'three-in-one', started THEN, ended after A WHILE
+  spent $0.0001591 in 2 model calls (261 tokens in, 200 out) and 0 tool calls
+  refused 1, clamped 0, charged at their upper bound 0, without a price 0
+  model  gpt-4o-mini                      2 calls      $0.0001591        261 in       200 out
+  node   Clerk                            1 calls      $0.0000978        252 in       100 out
+  node   model                            1 calls     $0.00006135          9 in       100 out
+  budget 'all three' (llm_calls): 2 of 2 spent, 0 held, stopped
+The provider received 2 requests and billed $0.000159.
+""")
