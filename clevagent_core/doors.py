@@ -8,6 +8,8 @@ from types import TracebackType
 from clevagent_core.bounds import is_opaque, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
+from clevagent_core.providers.covering import cover, uncover
+from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
@@ -148,31 +150,40 @@ class LLMCallBlock:
             opaque=is_opaque(items) or any(runs_at_provider(tool) for tool in tools),
         )
         self._ticket: Ticket | None = None
+        self._covered_before: Ticket | None = None
 
     def __enter__(self) -> OpenLLMCall:
         """Check the call and hold what it could cost, or raise; may wait for held money."""
-        watchdog = self._watchdog()
-        self._call.tool = watchdog.tool.get()
-        self._ticket = watchdog.current_run().open(self._call)
-        return OpenLLMCall(self._ticket)
+        return self._entered(self._run().open(self._call))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Charge the upper bound if nothing was told: the call may have been sent."""
         if self._ticket is not None:
+            uncover(self._ticket, self._covered_before)
             self._ticket.charge(error)
 
     async def __aenter__(self) -> OpenLLMCall:
         """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        watchdog = self._watchdog()
-        self._call.tool = watchdog.tool.get()
-        self._ticket = await watchdog.current_run().aopen(self._call)
-        return OpenLLMCall(self._ticket)
+        return self._entered(await self._run().aopen(self._call))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Charge the upper bound if nothing was told: the call may have been sent."""
         self.__exit__(kind, error, traceback)
+
+    def _run(self) -> Run:
+        watchdog = self._watchdog()
+        self._call.tool = watchdog.tool.get()
+        if self._call.node is None:
+            self._call.node = watchdog.node.get()
+        return watchdog.current_run()
+
+    def _entered(self, ticket: Ticket) -> OpenLLMCall:
+        self._ticket = ticket
+        # A client that is guarded, too, sends the request as a part of this call.
+        self._covered_before = cover(ticket)
+        return OpenLLMCall(ticket)
 
 
 class ToolCallBlock:
@@ -193,13 +204,11 @@ class ToolCallBlock:
 
     def __enter__(self) -> OpenToolCall:
         """Check the call, or raise."""
-        watchdog = self._watchdog()
-        return self._entered(watchdog, watchdog.current_run().open(self._call))
+        return self._entered(self._run().open(self._call))
 
     async def __aenter__(self) -> OpenToolCall:
         """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        watchdog = self._watchdog()
-        return self._entered(watchdog, await watchdog.current_run().aopen(self._call))
+        return self._entered(await self._run().aopen(self._call))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Tell that the tool has run, unless the block told otherwise."""
@@ -216,8 +225,15 @@ class ToolCallBlock:
         """Tell that the tool has run, unless the block told otherwise."""
         self.__exit__(kind, error, traceback)
 
-    def _entered(self, watchdog: Watchdog, ticket: Ticket) -> OpenToolCall:
+    def _run(self) -> Run:
+        watchdog = self._watchdog()
+        if self._call.node is None:
+            self._call.node = watchdog.node.get()
+        return watchdog.current_run()
+
+    def _entered(self, ticket: Ticket) -> OpenToolCall:
         self._ticket = ticket
-        self._outer = watchdog.tool.get()
-        watchdog.tool.set(self._call.tool)
+        tool = ticket.run.watchdog.tool
+        self._outer = tool.get()
+        tool.set(self._call.tool)
         return OpenToolCall(ticket)

@@ -1,0 +1,59 @@
+"""``llm_call`` around a client that is guarded, too: the request is the block's, and counts once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+import clevagent
+from clevagent import Budget
+from clevagent.testing import LoopbackProvider
+
+REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 10}
+
+
+@pytest.fixture
+def url():
+    with LoopbackProvider() as provider:
+        yield provider.openai_url
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_request_inside_a_block_counts_once(url, attached):
+    clevagent.init(attach=["openai"] if attached else [])
+    client = OpenAI(api_key="test", base_url=url)
+    client = client if attached else clevagent.guard(client)
+    with clevagent.run() as run:
+        with clevagent.llm_call(model="gpt-4o", input="Hello", max_output_tokens=10) as call:
+            usage = client.chat.completions.create(**REQUEST).usage
+            call.settle(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens)
+        assert run.summary().total.calls == 1
+        client.chat.completions.create(**REQUEST)
+    assert run.summary().total.calls == 2
+
+
+def test_a_second_request_inside_a_block_is_a_call_of_its_own(url):
+    clevagent.init()
+    client = clevagent.guard(OpenAI(api_key="test", base_url=url))
+    with clevagent.run() as run, clevagent.llm_call(model="gpt-4o", input="Hello", max_output_tokens=10) as call:
+        client.chat.completions.create(**REQUEST)
+        client.chat.completions.create(**REQUEST)
+        call.settle(input_tokens=5, output_tokens=10)
+    assert run.summary().total.calls == 2
+
+
+def test_the_same_asynchronously(url):
+    clevagent.init()
+
+    async def main():
+        async with clevagent.guard(AsyncOpenAI(api_key="test", base_url=url)) as client:
+            async with clevagent.llm_call(model="gpt-4o", input="Hello", max_output_tokens=10) as call:
+                await client.chat.completions.create(**REQUEST)
+                call.settle(input_tokens=5, output_tokens=10)
+            await client.chat.completions.create(**REQUEST)
+
+    with clevagent.run(budgets=[Budget(llm_calls=2)]) as run:
+        asyncio.run(main())
+    assert run.summary().total.calls == 2
