@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import time
@@ -114,7 +114,10 @@ class _Worker:
         """Wait for the next line that it says."""
         said, deadline = b"", time.monotonic() + _WAIT_S
         while not said.endswith(b"\n"):
-            ready, _, _ = select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))
+            # Not select.select(), which knows no descriptor above 1023.
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._output, selectors.EVENT_READ)
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise self._failure(f"has not answered for {_WAIT_S:g} s")
             received = os.read(self._output.fileno(), 4096)

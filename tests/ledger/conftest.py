@@ -36,6 +36,13 @@ for line in sys.stdin:
 """
 
 
+def is_ready(descriptor: int, timeout_s: float) -> bool:
+    """Wait until something can be read. Not by ``select``, which knows no descriptor above 1023: clients of other tests hold many."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
 class Other:
     """A Python process that does what it is told, and is killed at the end."""
 
@@ -64,7 +71,7 @@ class Other:
     def answer(self, timeout_s: float = TIMEOUT_S) -> Any:
         descriptor, line = self.process.stdout.fileno(), b""  # type: ignore[union-attr]
         while not line.endswith(b"\n"):
-            if not select.select([descriptor], [], [], timeout_s)[0]:
+            if not is_ready(descriptor, timeout_s):
                 raise TimeoutError("the other process hangs")
             chunk = os.read(descriptor, 1 << 16)
             if not chunk:
@@ -76,7 +83,7 @@ class Other:
         return value
 
     def has_answered(self) -> bool:
-        return bool(select.select([self.process.stdout], [], [], 0)[0])
+        return is_ready(self.process.stdout.fileno(), 0)  # type: ignore[union-attr]
 
     def kill(self) -> None:
         self.process.kill()

@@ -55,7 +55,9 @@ class Child:
         """What it returned; kills it and raises when it hangs."""
         told = b""
         while True:
-            if not select.select([self._read], [], [], 30)[0]:
+            poll = select.poll()  # select() knows no descriptor above 1023
+            poll.register(self._read, select.POLLIN)
+            if not poll.poll(30_000):
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise TimeoutError("the child hangs")
