@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 # Before CrewAI is imported: nothing of a test leaves this machine (the socket fixture would fail it).
@@ -30,6 +32,9 @@ from clevagent_core import default
 
 HAS_CREWAI = importlib.util.find_spec("crewai") is not None
 """CrewAI is in an environment of its own."""
+
+
+_SENDS_WITH_HTTPCORE_1 = int(version("openai").partition(".")[0]) < 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,6 +69,22 @@ def _a_process_without_clevagent(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     clevagent.shutdown()
     # The next test is a program of its own.
     default._was_shut_down = False
+
+
+@pytest.fixture(autouse=True)
+def _no_collection_inside_httpcore() -> Iterator[None]:
+    """Collect garbage between tests only, where the SDKs send with httpcore 1.
+
+    It makes objects while it holds a lock that is not reentrant. If the collector runs there and closes a stream that was dropped, which
+    takes the same lock, the thread waits for itself. The plain SDKs do that, too.
+    """
+    if not _SENDS_WITH_HTTPCORE_1:
+        yield
+        return
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

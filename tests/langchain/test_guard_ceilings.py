@@ -7,7 +7,6 @@ whole output limit, so a call costs what it reserves, but for the few tokens tha
 from __future__ import annotations
 
 import asyncio
-import gc
 import operator
 import threading
 from contextlib import contextmanager
@@ -131,16 +130,10 @@ def sequential(model, aio):
 
 def in_threads(call):
     threads = [threading.Thread(target=swallow, args=(call,)) for _ in range(TRIES)]
-    # httpcore 1.0 makes objects while it holds a lock that is not reentrant: if the collector runs there and closes a dropped stream,
-    # which takes the same lock, the thread waits for itself.
-    gc.disable()
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        gc.enable()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def threads(model, aio):
