@@ -604,8 +604,12 @@ def test_a_graph_with_a_thread_of_its_own_inside_a_node_is_not_taken_for_finishe
         if on_exceed == "halt":
             assert graph.invoke({"texts": []}, thread()) == {"texts": []}
         else:
-            with pytest.raises(BudgetExceeded):
-                graph.invoke({"texts": []}, thread())
+            try:
+                state = graph.invoke({"texts": []}, thread())
+            except BudgetExceeded:
+                pass
+            else:  # langgraph 1.2.4 takes it for a part of the graph around it, which can ask
+                assert "__interrupt__" in state
         assert seen == []
         assert stopped(graph, thread()) is not None
 
