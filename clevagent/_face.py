@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from clevagent_core import default
-from clevagent_core.budgets import Budget, OnExceed, as_budgets, check_names
+from clevagent_core.budgets import Budget, OnExceed, as_budgets, check_action, check_names
 from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
@@ -86,6 +86,7 @@ def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None 
     """
     own = as_budgets(budgets)
     if on_exceed is not None:
+        on_exceed = check_action(on_exceed, where="guard(obj, on_exceed=")
         own = tuple(replace(budget, on_exceed=on_exceed) for budget in own)
     check_names(own)
     guarded = (watchdog or default.current()).plugins.guard(obj, watchdog, own, on_exceed)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from inspect import iscoroutinefunction
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from clevagent_core.calls import Call, LLMCall
 from clevagent_core.errors import UsageError
@@ -94,18 +94,7 @@ class Budget:
             raise UsageError(
                 f"Budget(per={self.per!r}) names no window that exists, so it could not be told when to start from zero. Use one of {', '.join(map(repr, get_args(Per)))}."
             )
-        action = self.on_exceed
-        if isinstance(action, str) and action in ACTION_NAMES:
-            object.__setattr__(self, "on_exceed", ACTION_NAMES[action])
-        elif action not in get_args(Action) and not callable(action):
-            raise UsageError(
-                f"Budget(on_exceed={action!r}) is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."
-            )
-        if is_async(action):
-            raise UsageError(
-                f"Budget(on_exceed={action!r}) is an async function, and nothing would wait for it: calls are checked in sync code "
-                "too. Give a plain function; it may schedule what has to be awaited."
-            )
+        object.__setattr__(self, "on_exceed", check_action(self.on_exceed, where="Budget(on_exceed="))
         if isinstance(self.warn_at, bool) or not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
             raise UsageError(
                 f"Budget(warn_at={self.warn_at!r}) is not a share of the ceiling, so nothing could be told at it. Give a number above 0 and at most 1, such as 0.8."
@@ -185,6 +174,27 @@ def window_at(per: Per, wall: float) -> Window:
         return Window(midnight.strftime("%Y-%m-%d"), (midnight + timedelta(days=1)).timestamp())
     first = midnight.replace(day=1)
     return Window(first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp())
+
+
+def check_action(action: object, *, where: str) -> OnExceed:
+    """Take what happens at a ceiling as it was given; the published names are turned into ours.
+
+    Raises:
+        UsageError: no such action, or one that nothing would wait for.
+
+    """
+    known = ACTION_NAMES.get(action, action) if isinstance(action, str) else action
+    if known not in get_args(Action) and not callable(known):
+        raise UsageError(
+            f"{where}{action!r}) is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the "
+            "incident; for a graph also 'halt' or 'ask', for a crew 'halt'."
+        )
+    if is_async(known):
+        raise UsageError(
+            f"{where}{action!r}) is an async function, and nothing would wait for it: calls are checked in sync code "
+            "too. Give a plain function; it may schedule what has to be awaited."
+        )
+    return cast("OnExceed", known)
 
 
 def is_async(action: object) -> bool:

@@ -115,7 +115,7 @@ def test_an_unknown_window():
 
 def test_an_unknown_action():
     assert mistake(usd=1, on_exceed="explode") == snapshot(
-        "Budget(on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident."
+        "Budget(on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident; for a graph also 'halt' or 'ask', for a crew 'halt'."
     )
 
 
@@ -216,6 +216,13 @@ def test_an_action_that_nothing_can_carry_out_is_refused_with_the_way(make, acti
 def test_an_action_that_nothing_can_carry_out():
     assert message_of(clevagent.run, budgets=[Budget(usd=1, on_exceed="halt")]) == snapshot(
         "Budget('$1 per run', on_exceed='halt') was given to run(budgets=[...]), which cannot end a framework's work with what there is so far, so nothing was set. Use on_exceed='raise' there and catch clevagent.BudgetExceeded around the agent (keep_usd= and run.wrap_up() pay for a closing answer); or give the budget to what can: clevagent.guard(graph, budgets=[...]) for 'halt' and 'ask', clevagent.guard(crew, budgets=[...]) for 'halt'; create_agent has BudgetMiddleware(on_exceed='halt')."
+    )
+
+
+@pytest.mark.parametrize("budgets", [[], [Budget(usd=1)]])
+def test_an_action_for_a_guarded_object_that_is_none(budgets):
+    assert message_of(clevagent.guard, object(), budgets=budgets, on_exceed="explode") == snapshot(
+        "guard(obj, on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident; for a graph also 'halt' or 'ask', for a crew 'halt'."
     )
 
 
