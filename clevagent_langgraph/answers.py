@@ -19,7 +19,7 @@ from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import Account
 from clevagent_core.money import to_pico
 from clevagent_core.verdicts import Incident
-from clevagent_langgraph.invocations import RUN, Invocation, go_on, kept_runs
+from clevagent_langgraph.invocations import Invocation, arun_id_of, go_on, kept_runs, run_id_of
 from clevagent_langgraph.stops import is_question
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def settle_answers(graph: Any, invocation: Invocation, input: Any) -> Any:  # no
         UsageError: an answer that cannot be one; nothing was raised or resumed then.
 
     """
-    plan = _plan(invocation, graph.get_state(invocation.config), input)
+    snapshot = graph.get_state(invocation.config)
+    plan = _plan(invocation, snapshot, run_id_of(graph, snapshot), input)
     config = invocation.config
     if plan.is_stopped:
         graph.update_state(config, None, as_node=END)
@@ -64,7 +65,8 @@ def settle_answers(graph: Any, invocation: Invocation, input: Any) -> Any:  # no
 
 async def asettle_answers(graph: Any, invocation: Invocation, input: Any) -> Any:  # noqa: A002 - LangGraph's name
     """Do what ``settle_answers`` does, without blocking the event loop."""
-    plan = _plan(invocation, await graph.aget_state(invocation.config), input)
+    snapshot = await graph.aget_state(invocation.config)
+    plan = _plan(invocation, snapshot, await arun_id_of(graph, snapshot), input)
     config = invocation.config
     if plan.is_stopped:
         await graph.aupdate_state(config, None, as_node=END)
@@ -86,9 +88,8 @@ def account_of(run: Run, question: Mapping[str, Any]) -> Account | None:
     return next((account for account in found if account.key[:3] == wanted), None)
 
 
-def _plan(invocation: Invocation, snapshot: Any, given: Any) -> _Plan:
-    run_id = (snapshot.metadata or {}).get(RUN)
-    if isinstance(run_id, str):
+def _plan(invocation: Invocation, snapshot: Any, run_id: str | None, given: Any) -> _Plan:
+    if run_id is not None:
         go_on(invocation, run_id)
     questions = [interrupt for interrupt in snapshot.interrupts if is_question(interrupt)]
     if not questions:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from langgraph.pregel import Pregel
+from langgraph.pregel.protocol import PregelProtocol
 
 from clevagent_core import default
 from clevagent_core.budgets import GRACEFUL, Budget, OnExceed, check_actions
@@ -108,6 +109,11 @@ def _refuse_relatives(obj: object) -> None:
         raise UsageError(
             f"guard() was given a {type(obj).__qualname__} that is not compiled, so there is nothing to run yet. Compile it first: "
             "clevagent.guard(builder.compile(...))."
+        )
+    if isinstance(obj, PregelProtocol):
+        raise UsageError(
+            f"guard() was given a {type(obj).__qualname__}: its nodes run in another process, in which nothing here can refuse a call. Guard the "
+            "graph where it is made; what is in front of it here can be guarded as a tool or a node of a graph."
         )
 
 

@@ -10,12 +10,11 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
-from weakref import WeakKeyDictionary
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tracers.context import register_configure_hook
-from langgraph.errors import GraphBubbleUp, GraphInterrupt
+from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from langgraph.types import Command
 
 from clevagent_core.errors import Stopped, UsageError
@@ -89,7 +88,9 @@ class ClevAgentGraphHandler(ClevAgentCallbackHandler):
         if self._graph is None:
             self._graph = run_id
         elif parent_run_id == self._graph and metadata is not None:
-            self.nodes.add(metadata.get("langgraph_checkpoint_ns", ""))
+            name = metadata.get("langgraph_checkpoint_ns", "")
+            # Inside a subgraph that remembers (checkpointer=True), LangGraph leaves the task out of the name.
+            self.nodes.update((name, name.partition(":")[0]))
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
         """Note that a node ended the graph, by a refusal of ours or by a question of its own."""
@@ -136,6 +137,8 @@ class Invocation:
         """Why it was stopped."""
         self.handler: ClevAgentGraphHandler | None = None
         self._halts: list[Incident] = []
+        self._waiting: list[str] = []
+        """The runs of graphs inside it that have not finished."""
         self._before: tuple[Any, ...] = ()
 
     # -- while it works ---------------------------------------------------------------------------------------------------
@@ -209,6 +212,8 @@ class Invocation:
 
     def is_ended_by(self, error: BaseException) -> bool:
         """Note what ended it; tell whether that is a graceful end, with what there is so far."""
+        if isinstance(error, ParentCommand):
+            self.is_finished = True  # it has handed over to the graph around it
         if isinstance(error, Stopped):
             self.stop = error.incident
             return any(error.incident is incident for incident in self._halts)
@@ -228,10 +233,18 @@ class Invocation:
             # Of the same run, before it was resumed: what it has opened goes on with it.
             run.accounts.update({key: account for key, account in before.accounts.items() if key not in run.accounts})
         run.end()
-        dropped = kept.put(run.run_id, run) if run.resumable else None
-        if dropped is not None and not self.watchdog.ledger.survives_fork:
-            # In a file, what nobody here remembers may go on elsewhere.
-            self.watchdog.ledger.forget(list(dropped.accounts.values()))
+        ledger = self.watchdog.ledger
+        if run.resumable:
+            if self.outer is not None and not self.is_root:
+                self.outer._waiting.append(run.run_id)  # noqa: SLF001 - another invocation
+            dropped = kept.put(run.run_id, run)
+            if dropped is not None and not ledger.survives_fork:
+                # In a file, what nobody here remembers may go on elsewhere.
+                ledger.forget(list(dropped.accounts.values()))
+        else:
+            # What has failed inside it, and was not tried again, never will be.
+            for inside in filter(None, map(kept.pop, self._waiting)):
+                ledger.forget(list(inside.accounts.values()))
         last_stop.set((guard, stop))
         if self.thread_id is not None:
             if stop is not None:
@@ -240,17 +253,45 @@ class Invocation:
                 guard.stops.pop(self.thread_id)
 
 
-_runs: WeakKeyDictionary[Watchdog, Kept[str, Run]] = WeakKeyDictionary()
 _runs_lock = threading.RLock()
 
 
 def kept_runs(watchdog: Watchdog) -> Kept[str, Run]:
     """The runs of graphs that wait to be resumed, by id: what they have spent must not be forgotten."""
-    found = _runs.get(watchdog)
+    # With the watchdog itself, which they refer to: kept elsewhere, they would keep it alive for ever.
+    state = watchdog.process_run.state
+    found: Kept[str, Run] | None = state.get(kept_runs)
     if found is None:
         with _runs_lock:
-            found = _runs.setdefault(watchdog, Kept())
+            found = state.setdefault(kept_runs, Kept())
     return found
+
+
+def run_id_of(graph: Any, snapshot: Any) -> str | None:
+    """Find the run that made a state; where the state was edited since (``update_state``), the one that made what was edited."""
+    metadata, before = snapshot.metadata, snapshot.parent_config
+    while _is_edited(metadata) and before is not None:
+        saved = graph.checkpointer.get_tuple(before)
+        metadata, before = (saved.metadata, saved.parent_config) if saved is not None else (None, None)
+    return _told(metadata)
+
+
+async def arun_id_of(graph: Any, snapshot: Any) -> str | None:
+    """Do what ``run_id_of`` does, without blocking the event loop."""
+    metadata, before = snapshot.metadata, snapshot.parent_config
+    while _is_edited(metadata) and before is not None:
+        saved = await graph.checkpointer.aget_tuple(before)
+        metadata, before = (saved.metadata, saved.parent_config) if saved is not None else (None, None)
+    return _told(metadata)
+
+
+def _is_edited(metadata: Mapping[str, Any] | None) -> bool:
+    return metadata is not None and RUN not in metadata and metadata.get("source") == "update"
+
+
+def _told(metadata: Mapping[str, Any] | None) -> str | None:
+    found = (metadata or {}).get(RUN)
+    return found if isinstance(found, str) else None
 
 
 def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mapping[str, Any]) -> Invocation:  # noqa: A002 - LangGraph's name

@@ -26,6 +26,8 @@ from clevagent_core.guards.messages import exhausted_incident
 from clevagent_langgraph.stops import bubbling
 
 if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+
     from clevagent_core.runs import Run
     from clevagent_core.watchdog import Watchdog
 
@@ -168,6 +170,8 @@ def _function(node: _Node, function: Callable[..., Any]) -> Callable[..., Any]:
         execution = _Execution(node)
         with execution:
             result = function(*args, **kwargs)
+        if isinstance(result, Runnable) and execution.is_in_graph:
+            return _Returned(execution, result, args, kwargs)
         execution.finish(args, kwargs, result)
         return result
 
@@ -179,6 +183,8 @@ def _coroutine(node: _Node, function: Callable[..., Any]) -> Callable[..., Any]:
         execution = _Execution(node)
         with execution:
             result = await function(*args, **kwargs)
+        if isinstance(result, Runnable) and execution.is_in_graph:
+            return _Returned(execution, result, args, kwargs)
         execution.finish(args, kwargs, result)
         return result
 
@@ -227,6 +233,30 @@ def _async_generator(node: _Node, function: Callable[..., Any]) -> Callable[...,
         execution.finish(args, kwargs, result)
 
     return wrapper
+
+
+class _Returned(Runnable[Any, Any]):
+    """A Runnable that a node gave back, which LangGraph then runs in its place: as a part of the node."""
+
+    def __init__(
+        self, execution: _Execution, runnable: Runnable[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.name = runnable.get_name()
+        self._execution = execution
+        self._runnable = runnable
+        self._arguments = args, kwargs
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002 - LangChain's name
+        with self._execution:
+            result = self._runnable.invoke(input, config, **kwargs)
+        self._execution.finish(*self._arguments, result)
+        return result
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002 - as above
+        with self._execution:
+            result = await self._runnable.ainvoke(input, config, **kwargs)
+        self._execution.finish(*self._arguments, result)
+        return result
 
 
 # -- one execution --------------------------------------------------------------------------------------------------------
@@ -346,6 +376,11 @@ class _Execution:
             watchdog.lent.set(self._outer_lent)
         if self._is_passing:
             watchdog.through.set(self._outer_through)
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether LangGraph called it, and runs what it gives back where that can be run."""
+        return self._named.of is not None
 
     def finish(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Tell the step. What failed, or waits for a person, has not finished."""

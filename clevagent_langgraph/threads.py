@@ -10,7 +10,7 @@ from clevagent_core.runs import Run
 from clevagent_core.verdicts import Incident
 from clevagent_langgraph.answers import account_of
 from clevagent_langgraph.graphs import GraphGuard, guard_of
-from clevagent_langgraph.invocations import RUN, kept_runs, last_stop
+from clevagent_langgraph.invocations import arun_id_of, kept_runs, last_stop, run_id_of
 from clevagent_langgraph.stops import question_of
 
 _UNITS = ("usd", "tokens", "input_tokens", "output_tokens", "llm_calls", "tool_calls")
@@ -51,26 +51,25 @@ def top_up(graph: Any, config: Mapping[str, Any], *, budget: str | None = None, 
 
     """
     guard = _guard_of(graph, "top_up")
-    metadata = graph.get_state(config).metadata if graph.checkpointer else None
-    _raise(graph, guard, config, metadata, budget, amounts)
+    run_id = run_id_of(graph, graph.get_state(config)) if graph.checkpointer else None
+    _raise(graph, guard, config, run_id, budget, amounts)
 
 
 async def atop_up(graph: Any, config: Mapping[str, Any], *, budget: str | None = None, **amounts: Any) -> None:
     """Do what ``top_up`` does, where the checkpointer is an asynchronous one."""
     guard = _guard_of(graph, "atop_up")
-    metadata = (await graph.aget_state(config)).metadata if graph.checkpointer else None
-    _raise(graph, guard, config, metadata, budget, amounts)
+    run_id = await arun_id_of(graph, await graph.aget_state(config)) if graph.checkpointer else None
+    _raise(graph, guard, config, run_id, budget, amounts)
 
 
 def _raise(
-    graph: Any, guard: GraphGuard, config: Mapping[str, Any], metadata: Any, budget: str | None, amounts: Mapping[str, Any]
+    graph: Any, guard: GraphGuard, config: Mapping[str, Any], run_id: str | None, budget: str | None, amounts: Mapping[str, Any]
 ) -> None:
     unknown = [name for name in amounts if name not in _UNITS]
     if unknown:
         raise UsageError(f"top_up({unknown[0]}=...) names no limit, so no ceiling was raised. Use one of {', '.join(_UNITS)}.")
     watchdog = guard.watchdog
     thread_id = _thread_of(graph, config)
-    run_id = (metadata or {}).get(RUN)
     before = kept_runs(watchdog).get(run_id) if run_id is not None else None
     run = Run(
         watchdog,

@@ -7,11 +7,14 @@ providers add to each message. What it has billed is compared with the ceiling a
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import logging
 import operator
 import subprocess
 import sys
 import textwrap
+import weakref
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Annotated
@@ -30,7 +33,7 @@ import clevagent
 from clevagent import Budget, BudgetExceeded, Stopped
 from clevagent.testing import LoopbackProvider, Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_langgraph import monitored_node, stopped, top_up
+from clevagent_langgraph import atop_up, monitored_node, stopped, top_up
 from tests.langgraph.conftest import CALL, PROMPT, Texts, thread
 
 TRIES = 50
@@ -366,6 +369,86 @@ def test_a_run_that_came_to_its_end_is_forgotten_and_the_next_starts_from_zero(c
     for _ in range(5):
         graph.invoke({"texts": []}, thread())
     assert provider.request_count == 5
+    assert watchdog.ledger._accounts == {}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_was_edited_goes_on_in_the_same_run(chat, provider, aio, asynchronous):
+    model = chat()
+
+    def write(state):
+        return {"texts": [model.invoke(PROMPT).text]}
+
+    builder = StateGraph(Texts).add_node("write", write).add_edge(START, "write").add_edge("write", "write")
+    graph = clevagent.guard(builder.compile(checkpointer=InMemorySaver()), budgets=[Budget(llm_calls=3)])
+
+    def go(given):
+        with pytest.raises(BudgetExceeded):
+            aio(graph.ainvoke(given, thread())) if asynchronous else graph.invoke(given, thread())
+
+    def more():
+        aio(atop_up(graph, thread(), llm_calls=2)) if asynchronous else top_up(graph, thread(), llm_calls=2)
+
+    go({"texts": []})
+    graph.update_state(thread(), {"texts": ["edited"]}, as_node="write")
+    graph.update_state(thread(), {"texts": ["edited once more"]}, as_node="write")
+    go(None)
+    assert provider.request_count == 3
+    graph.update_state(thread(), {"texts": ["edited"]}, as_node="write")
+    more()
+    go(None)
+    assert provider.request_count == 5
+    for state in list(graph.get_state_history(thread())):
+        with pytest.raises(BudgetExceeded):
+            graph.invoke(None, state.config)
+    assert provider.request_count == 5
+
+
+def test_runs_that_wait_do_not_keep_a_watchdog_alive(chat, provider, line):
+    model = chat()
+
+    def write_two(state):
+        return {"texts": [model.invoke(PROMPT).text, model.invoke(PROMPT).text]}
+
+    def leave_one_waiting():
+        graph = clevagent.guard(line(write_two), budgets=[Budget(llm_calls=1)], on_exceed="halt")
+        graph.invoke({"texts": []}, thread())
+        assert provider.request_count == 1
+        found = weakref.ref(clevagent.init())
+        clevagent.shutdown()
+        return found
+
+    watchdog = contextvars.copy_context().run(leave_one_waiting)
+    gc.collect()
+    assert watchdog() is None
+
+
+@pytest.mark.parametrize("end", ["hands over", "fails"])
+def test_graphs_inside_that_do_not_end_by_themselves_leave_no_account_once_the_outer_one_has(chat, provider, line, end):
+    watchdog, model = clevagent.init(), chat()
+
+    def write(state):
+        model.invoke(PROMPT)
+        if end == "fails":
+            raise ValueError
+        return Command(goto="other", graph=Command.PARENT)
+
+    inner = clevagent.guard(line(write, saved=False), budgets=[Budget(llm_calls=2, name="inner")])
+
+    def talk(state):
+        try:
+            return inner.invoke(state)
+        except ValueError:
+            return {"texts": ["failed"]}
+
+    def other(state):
+        return {"texts": ["done"]}
+
+    builder = StateGraph(Texts).add_node("talk", talk, destinations=("other",)).add_node("other", other).add_edge(START, "talk")
+    graph = clevagent.guard(builder.compile(checkpointer=InMemorySaver()), budgets=[Budget(llm_calls=9)])
+    for number in range(3):
+        graph.invoke({"texts": []}, thread(str(number)))
+    assert provider.request_count == 3
     assert watchdog.ledger._accounts == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import pickle
@@ -17,6 +18,7 @@ from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
+from langgraph.pregel.remote import RemoteGraph
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 
 import clevagent
@@ -657,11 +659,38 @@ def test_only_graphs_that_are_compiled_can_be_guarded():
         clevagent.guard(StateGraph(Texts))
 
 
+def test_a_graph_that_runs_elsewhere_is_refused():
+    remote = RemoteGraph("agent", url="http://127.0.0.1:9")
+    with pytest.raises(UsageError, match="given a RemoteGraph: its nodes run in another process"):
+        clevagent.guard(remote, budgets=[Budget(usd=1)])
+
+
 def test_guarding_twice_holds_both(loop, provider):
     once = clevagent.guard(loop(), budgets=[Budget(llm_calls=5)])
     assert clevagent.guard(once) is once
     twice = clevagent.guard(once, budgets=[Budget(llm_calls=2)], on_exceed="halt")
     assert len(twice.invoke({"texts": []}, thread())["texts"]) == 2
+
+
+def test_a_copy_of_a_guarded_graph_is_guarded(loop, provider):
+    graph = copy.copy(clevagent.guard(loop(), budgets=[Budget(llm_calls=2)]))
+    with pytest.raises(BudgetExceeded):
+        graph.invoke({"texts": []}, thread())
+    assert provider.request_count == 2
+
+
+def test_a_subgraph_that_remembers_asks_as_others_do(write, loop, provider):
+    remembering = loop().builder.compile(checkpointer=True)
+
+    def talk(state):
+        return remembering.invoke(state)
+
+    builder = StateGraph(Texts).add_node("talk", talk).add_edge(START, "talk")
+    graph = clevagent.guard(builder.compile(checkpointer=InMemorySaver()), budgets=[Budget(llm_calls=3)], on_exceed="ask")
+    asked = graph.invoke({"texts": []}, thread())
+    assert [question.value["budget"] for question in asked["__interrupt__"]] == ["3 llm_calls per run"]
+    assert len(graph.invoke(Command(resume={"llm_calls": 17}), thread())["texts"]) == 20
+    assert provider.request_count == 20
 
 
 def test_a_guarded_graph_can_still_be_looked_into(loop):

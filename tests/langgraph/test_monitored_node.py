@@ -429,6 +429,35 @@ def test_a_nodes_ceiling_covers_what_is_called_further_inside(chat, provider, li
     assert provider.request_count == 3
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_runnable_that_a_node_gives_back_is_a_part_of_the_node(chat, provider, asynchronous, aio):
+    model = clevagent.guard(chat())
+
+    @monitored_node("hand over", budgets=[Budget(llm_calls=2)])
+    def hand_over(state):
+        return RunnableLambda(lambda state: {"texts": [model.invoke(PROMPT).text]})
+
+    @monitored_node("hand over", budgets=[Budget(llm_calls=2)])
+    async def ahand_over(state):
+        async def reply(state):
+            return {"texts": [(await model.ainvoke(PROMPT)).text]}
+
+        return RunnableLambda(reply)
+
+    builder = StateGraph(Texts).add_node("node", ahand_over if asynchronous else hand_over).add_edge(START, "node")
+    builder.add_conditional_edges("node", lambda state: END if len(state["texts"]) == 6 else "node")
+    graph = builder.compile()
+    with clevagent.run() as run, pytest.raises(BudgetExceeded):
+        aio(graph.ainvoke({"texts": []})) if asynchronous else graph.invoke({"texts": []})
+    assert provider.request_count == 2
+    assert {name: spend.calls for name, spend in run.summary().by_node.items()} == {"hand over": 2}
+
+
+def test_a_runnable_that_a_monitored_function_gives_back_elsewhere_is_its_result():
+    given = RunnableLambda(len)
+    assert monitored_node("make")(lambda: given)() is given
+
+
 def test_a_nodes_ceiling_can_be_topped_up(rounds, provider):
     from clevagent_langgraph import top_up
 
