@@ -24,7 +24,18 @@ HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".results"
 RESULTS = HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
-ORDER = ("peer_ceilings", "peer_costs", "ceilings", "hot_paths_langchain", "hot_paths_core", "graphs", "crews", "clients", "ledgers", "hot_paths_imports")
+ORDER = (
+    "peer_ceilings",
+    "peer_costs",
+    "ceilings",
+    "hot_paths_langchain",
+    "hot_paths_core",
+    "graphs",
+    "crews",
+    "clients",
+    "ledgers",
+    "hot_paths_imports",
+)
 """Which benchmark comes first; any other one follows."""
 
 INTRODUCTION = """\
