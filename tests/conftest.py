@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import os
 import re
+import shutil
 import socket
 import tempfile
 import warnings
@@ -30,6 +32,8 @@ import pytest
 import clevagent
 from clevagent.testing import FakeClock
 from clevagent_core import default
+
+atexit.register(shutil.rmtree, os.environ["CREWAI_STORAGE_DIR"], ignore_errors=True)
 
 HAS_CREWAI = importlib.util.find_spec("crewai") is not None
 """CrewAI is in an environment of its own."""

@@ -3,21 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
-
-# Before CrewAI is imported: nothing of a test leaves this machine (the socket fixture would fail it).
-os.environ.update(
-    CREWAI_DISABLE_TELEMETRY="true",
-    OTEL_SDK_DISABLED="true",
-    CREWAI_TRACING_ENABLED="false",
-    CREWAI_DISABLE_VERSION_CHECK="true",
-    CREWAI_TESTING="true",
-    LITELLM_LOCAL_MODEL_COST_MAP="True",
-    # It keeps what tasks gave in a database of the user's, which versions write differently.
-    CREWAI_STORAGE_DIR=tempfile.mkdtemp(prefix="crewai-"),
-)
-
 import contextvars
 import functools
 import gc
@@ -33,26 +18,8 @@ from clevagent.testing import LoopbackProvider
 
 if importlib.util.find_spec("crewai") is None:
     collect_ignore_glob = ["test_*.py"]
-else:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what CrewAI's own imports warn of
-        import crewai  # noqa: F401 - for all that follow
-        import litellm  # noqa: F401 - the same
 
 Aio = Callable[[Awaitable[Any]], Any]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # CrewAI and litellm keep clients and event loops that nobody closes, and use what others have deprecated.
-    for line in (
-        "ignore:unclosed:ResourceWarning",
-        "ignore::DeprecationWarning",
-        "ignore::pydantic.warnings.PydanticDeprecationWarning",
-        "ignore::UserWarning",
-        "ignore::pytest.PytestUnraisableExceptionWarning",
-        "ignore:coroutine .* was never awaited:RuntimeWarning",
-    ):
-        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(autouse=True)
