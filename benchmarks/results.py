@@ -27,6 +27,7 @@ README = HERE.parent / "README.md"
 ORDER = (
     "peer_ceilings",
     "peer_costs",
+    "peer_signs",
     "ceilings",
     "hot_paths_langchain",
     "hot_paths_core",
@@ -34,6 +35,7 @@ ORDER = (
     "crews",
     "clients",
     "ledgers",
+    "heartbeats",
     "hot_paths_imports",
 )
 """Which benchmark comes first; any other one follows."""

@@ -34,12 +34,15 @@ from clevagent_core.errors import (
     BudgetBusy,
     BudgetExceeded,
     ClevAgentError,
+    DeliveryError,
     LedgerError,
     LoopDetected,
     PluginError,
+    RemoteStop,
     Stopped,
     UsageError,
 )
+from clevagent_core.heartbeat.beats import Amounts, Beat
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.pricing import Price
 from clevagent_core.runs import Run
@@ -54,11 +57,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amounts",
+    "Beat",
     "Budget",
     "BudgetBusy",
     "BudgetExceeded",
     "BudgetState",
     "ClevAgentError",
+    "DeliveryError",
     "Incident",
     "LLMCall",
     "LedgerError",
@@ -70,6 +76,7 @@ __all__ = [
     "PluginError",
     "Price",
     "Remaining",
+    "RemoteStop",
     "Run",
     "RunSummary",
     "Spend",

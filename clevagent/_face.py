@@ -12,6 +12,7 @@ from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
 from clevagent_core.money import to_pico
+from clevagent_core.tickets import plain_step
 from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import RunBlock, Watchdog
 
@@ -26,8 +27,9 @@ def init(**settings: Any) -> Watchdog:
 
     Args:
         settings: the fields of ``clevagent_core.settings.Settings``: ``agent``, ``budgets``, ``prices``, ``ledger``, ``attach``,
-            ``auto_cost``, ``plugins``, ``block``, ``on_loop``, ``on_cost_exceeded``, ``api_key``, ``endpoint``, ``interval``, ``dry_run``,
-            ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``, ``unknown_price``.
+            ``auto_cost``, ``plugins``, ``block``, ``on_loop``, ``on_cost_exceeded``, ``api_key``, ``endpoint``, ``interval``, ``spool``,
+            ``capture``, ``stall_after``, ``on_stall``, ``dry_run``, ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``,
+            ``unknown_price``.
 
     Raises:
         UsageError: a setting that is unknown or wrong, or a second ``init`` with other settings.
@@ -110,6 +112,7 @@ def llm_call(
     answers: int = 1,
     provider: str | None = None,
     node: str | None = None,
+    timeout_s: float | None = None,
 ) -> LLMCallBlock:
     """Guard one model call that you make yourself: ``with`` or ``async with clevagent.llm_call(...) as call:``.
 
@@ -125,6 +128,7 @@ def llm_call(
         answers: how many answers are asked for (``n``).
         provider: who bills it, where the model's name does not tell.
         node: where it is made, for ``Budget(node=...)`` and the summary.
+        timeout_s: the timeout of the request, where it has one: until then it is not stalled.
 
     Raises:
         BudgetExceeded: on entering; the request must not be sent. BudgetBusy: what is left is held by calls in flight.
@@ -141,22 +145,24 @@ def llm_call(
         answers=answers,
         provider=provider,
         node=node,
+        timeout_s=timeout_s,
     )
 
 
-def tool_call(name: str, arguments: object = None, *, node: str | None = None) -> ToolCallBlock:
+def tool_call(name: str, arguments: object = None, *, node: str | None = None, timeout_s: float | None = None) -> ToolCallBlock:
     """Guard one tool call that you make yourself: ``with`` or ``async with clevagent.tool_call(...) as call:``.
 
     Args:
         name: the tool's name.
         arguments: what it is called with; stays in the process.
         node: where it is made, for ``Budget(node=...)``.
+        timeout_s: after how many seconds it is given up, where it is: until then it is not stalled.
 
     Raises:
         BudgetExceeded: on entering; the tool must not be run.
 
     """
-    return ToolCallBlock(default.current, name=name, arguments=arguments, node=node)
+    return ToolCallBlock(default.current, name=name, arguments=arguments, node=node, timeout_s=timeout_s)
 
 
 def ping(
@@ -190,9 +196,13 @@ def ping(
     """
     if tokens_used or cost_usd or tool_calls:
         _log(tokens=tokens_used, cost_usd=cost_usd, tool_calls=tool_calls, who="ping", tokens_name="tokens_used")
+    run = default.current().current_run()
+    if not message and iteration_count is None and memory_mb is None and not custom and not meta and type(status) is str:
+        run.step(plain_step("ping", status))
+        return
     told = {"message": message or None, "iteration_count": iteration_count, "memory_mb": memory_mb}
     detail = {name: value for name, value in told.items() if value is not None} | dict(custom or {}) | dict(meta or {})
-    default.current().current_run().step(Step(kind="ping", name=status, detail=detail))
+    run.step(Step(kind="ping", name=status, detail=detail))
 
 
 def log_cost(

@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from clevagent_core.budgets import GRACEFUL, OUTPUT_TOKENS, TOKENS, USD, Amounts, Budget, OnExceed, window_at
+from clevagent_core.budgets import GRACEFUL, OUTPUT_TOKENS, TOKENS, UNITS, USD, Amounts, Budget, OnExceed, window_at
 from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
+from clevagent_core.control import Tighter
 from clevagent_core.errors import UsageError
-from clevagent_core.ledger.account import Account, AccountKey, Line, Notice, StaleAccount
+from clevagent_core.ledger.account import Account, AccountKey, Hold, Line, Notice, StaleAccount
 
 if TYPE_CHECKING:
     from clevagent_core.runs import Run
+
+
+class Deadline(NamedTuple):
+    """The moment after which no call that a budget covers is sent."""
+
+    at: float
+    """In monotonic seconds."""
+    budget: Budget
+    run: Run
+    """The run that it is counted from."""
 
 
 class Cover(NamedTuple):
@@ -30,6 +41,10 @@ class Cover(NamedTuple):
     """The units that depend on the output limit, and are limited."""
     extra: Sequence[Budget]
     """The budgets of the guarded object, kept so that their identity stays theirs."""
+    deadlines: tuple[Deadline, ...] = ()
+    """The moments after which the call is not sent."""
+    remote: object = None
+    """The ceilings that were set from outside when the accounts were looked up."""
 
 
 _USED = 256
@@ -43,8 +58,22 @@ def scopes(run: Run, extra: Sequence[Budget] = ()) -> Iterator[tuple[Budget, Run
     """Every budget in force for a call of ``run``, each with the run that its ``per="run"`` means.
 
     A nested run counts against its own budgets and against those of every run around it. Budgets of the watchdog and of a
-    guarded object mean the outermost run.
+    guarded object mean the outermost run. Where a ceiling was set from outside for a budget, a tighter one stands beside it.
     """
+    control = run.watchdog.control
+    tightened = set()
+    for budget, anchor in _scopes_of_code(run, extra):
+        yield budget, anchor
+        tighter = control.tighter(budget) if control.budgets else None
+        if tighter is not None:
+            tightened.add(budget.label)
+            yield tighter, anchor
+    for budget in control.budgets:
+        if budget.label not in tightened:
+            yield budget, run.root
+
+
+def _scopes_of_code(run: Run, extra: Sequence[Budget]) -> Iterator[tuple[Budget, Run]]:
     current: Run | None = run
     while current is not None:
         for budget in current.budgets:
@@ -62,7 +91,9 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
 
     """
     lines: dict[int, tuple[Line, Budget]] = {}
+    deadlines: list[Deadline] = []
     valid_until = math.inf
+    remote = run.watchdog.control.budgets  # before they are looked at: what is set meanwhile is looked up by the next call
     if extra:
         for current in run.chain():
             current.lent.update({budget.label: budget for budget in extra})
@@ -70,8 +101,12 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
         if not budget.covers(call):
             continue
         enforced = action_of(run, budget) != "warn" and not run.dry_run
-        for unit, ceiling in budget.limits():
+        if budget.seconds is not None:
+            deadlines.append(Deadline(anchor.started_monotonic + budget.seconds, budget, anchor))
+        for unit, ceiling in _limits(anchor, budget):
             account = _open(run, anchor, budget, unit, ceiling, call.thread_id, is_enforced=enforced)
+            if isinstance(budget, Tighter):
+                _carry_over(run, anchor, budget, unit, account, call.thread_id)
             known = lines.get(id(account))
             # Of two budgets that share an account, one that only warns does not let go of what the other one enforces.
             if known is None or (enforced and not known[0].enforced):
@@ -81,7 +116,38 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     budgets = tuple(budget for _, budget in lines.values())
     enforced_units = frozenset(line.unit for line in found if line.enforced)
     clamped = tuple(unit for unit in _OUTPUT_UNITS if unit in enforced_units)
-    return Cover(found, budgets, valid_until, enforced_units, clamped, extra)
+    return Cover(found, budgets, valid_until, enforced_units, clamped, extra, tuple(deadlines), remote)
+
+
+def deadlines_of(run: Run) -> list[Deadline]:
+    """Every deadline in force for ``run``, whatever its filters."""
+    return [
+        Deadline(anchor.started_monotonic + budget.seconds, budget, anchor)
+        for budget, anchor in scopes(run)
+        if budget.seconds is not None
+    ]
+
+
+def _limits(anchor: Run, budget: Budget) -> tuple[tuple[int, int], ...]:
+    """The limits of a budget, with the one that depends on the agent's past: as it was when the run first needed it."""
+    multiple = budget.baseline_multiple
+    if multiple is None:
+        return budget.limits()
+    if budget.label not in anchor.ceilings:
+        anchor.ceilings[budget.label] = _usual(anchor, budget, multiple)
+    ceiling = anchor.ceilings[budget.label]
+    return budget.limits() if ceiling is None else ((USD, ceiling), *budget.limits())
+
+
+def _usual(anchor: Run, budget: Budget, multiple: float) -> int | None:
+    from clevagent_core.guards.messages import learning_incident  # noqa: PLC0415 - messages need this module
+    from clevagent_core.guards.spike import RUN_FLOOR  # noqa: PLC0415 - only where a budget asks for it
+
+    usual = anchor.watchdog.baselines.of("run_cost")
+    if usual is None:
+        anchor.watchdog.tell_once(learning_incident(anchor, budget), key=budget.label)
+        return None
+    return usual.limit(multiple, RUN_FLOOR)
 
 
 def action_of(run: Run, budget: Budget) -> OnExceed:
@@ -103,7 +169,7 @@ def accounts_of(run: Run, thread_id: str | None = None, *, lent: bool = False) -
     """
     found: dict[int, tuple[Budget, Account]] = {}
     for budget, anchor in scopes(run, tuple(run.lent.values()) if lent else ()):
-        for unit, ceiling in budget.limits():
+        for unit, ceiling in _limits(anchor, budget):
             account = _open(run, anchor, budget, unit, ceiling, thread_id)
             found.setdefault(id(account), (budget, account))
     return list(found.values())
@@ -176,6 +242,25 @@ def _open(
                 del current.used[old]
         current.used[key] = account
     return account
+
+
+def _carry_over(run: Run, anchor: Run, budget: Tighter, unit: int, account: Account, thread_id: str | None) -> None:
+    """Begin the account of a ceiling from outside with what the budget that it tightens has spent and holds."""
+    ledger = run.watchdog.ledger
+    code = dict(_limits(anchor, budget.of)).get(unit)
+    if code is None or account.key in run.watchdog.control.carried:
+        return
+    run.watchdog.control.carried.add(account.key)
+    before = ledger.balance(_open(run, anchor, budget.of, unit, code, thread_id))
+    now = ledger.balance(account)
+    if now.spent or now.held:
+        return  # another process that shares the ledger has done it
+    amounts = [0] * len(UNITS)
+    amounts[unit] = before.spent + before.held
+    hold = ledger.reserve([Line(account, unit, enforced=False)], (0, 0, 0, 0, 0, 0), expires_at=math.inf, owner=None)
+    if isinstance(hold, Hold):
+        hold.lines = [Line(account, unit, enforced=True)]
+        tell_notices(run, ledger.settle(hold, cast("Amounts", tuple(amounts))))
 
 
 def _refuse_after_fork(pid: int, survives_fork: bool, budget: Budget) -> None:  # noqa: FBT001 - one fact about the ledger

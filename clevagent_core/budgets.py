@@ -59,6 +59,11 @@ class Budget:
     """Model calls; every attempt counts."""
     tool_calls: int | None = None
     """Tool calls."""
+    seconds: float | None = None
+    """A deadline: seconds from the start of the run, after which no call is sent. Only with ``per="run"``."""
+    baseline_multiple: float | None = None
+    """A ceiling in US dollars by the agent's own past: so many times what its runs usually cost (median of the last hundred; at least
+    $0.05). While fewer than ten are known there is none. Only with ``per="run"``."""
     per: Per = "run"
     """The window after which it starts from zero: ``run``, ``thread`` (a conversation), ``hour``, ``day``, ``month`` (UTC), or
     ``lifetime`` (never; with a memory ledger, the process)."""
@@ -85,15 +90,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Check every field, so that a mistake is told where it was written."""
-        if not self.limits():
+        if not self.limits() and self.seconds is None and self.baseline_multiple is None:
             raise UsageError(
                 "Budget() has no limit, so it would never stop anything. "
-                f"Give at least one of {', '.join(UNITS)}, for example Budget(usd=0.50)."
+                f"Give at least one of {', '.join((*UNITS, 'seconds', 'baseline_multiple'))}, for example Budget(usd=0.50)."
             )
         if self.per not in get_args(Per):
             raise UsageError(
                 f"Budget(per={self.per!r}) names no window that exists, so it could not be told when to start from zero. Use one of {', '.join(map(repr, get_args(Per)))}."
             )
+        self._check_of_run()
         object.__setattr__(self, "on_exceed", check_action(self.on_exceed, where="Budget(on_exceed="))
         if isinstance(self.warn_at, bool) or not isinstance(self.warn_at, (int, float)) or not 0 < self.warn_at <= 1:
             raise UsageError(
@@ -110,6 +116,26 @@ class Budget:
                 raise UsageError(f"Budget({scope}={value!r}) names nothing. Give a non-empty string, or leave {scope} out.")
         if self.name is None:
             object.__setattr__(self, "name", self._describe())
+
+    def _check_of_run(self) -> None:
+        for name, least, example in (("seconds", 0, "seconds=600"), ("baseline_multiple", 1, "baseline_multiple=5")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+                raise UsageError(
+                    f"Budget({name}={value!r}) is no limit, so nothing could be compared with it. Give a number above {least}, for example Budget({example})."
+                )
+            if self.per != "run":
+                raise UsageError(
+                    f"Budget({name}={value!r}, per={self.per!r}) cannot be: {name} is counted for each run, from its start to its end. Leave per= "
+                    "out, and give what holds for longer a budget of its own."
+                )
+        if self.baseline_multiple is not None and (self.usd is not None or self.by is not None):
+            raise UsageError(
+                f"Budget(baseline_multiple={self.baseline_multiple!r}) cannot be given with {'usd=' if self.usd is not None else 'by='}: it is a "
+                "ceiling in US dollars itself, of each run. Give two budgets; both hold."
+            )
 
     @property
     def label(self) -> str:
@@ -149,6 +175,9 @@ class Budget:
             f"${Decimal(str(self.usd)).normalize():f}" if unit == USD else f"{ceiling} {UNITS[unit]}"
             for unit, ceiling in self.limits()
         )
+        more = [f"{self.seconds:g} s"] if self.seconds is not None else []
+        more += [f"{self.baseline_multiple:g} x baseline"] if self.baseline_multiple is not None else []
+        limits = " ".join(filter(None, (limits, *more)))
         scope = "".join(f" {word}={getattr(self, word)}" for word in ("node", "tool", "model", "by") if getattr(self, word))
         return f"{limits} per {self.per}{scope}"
 

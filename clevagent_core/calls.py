@@ -54,6 +54,8 @@ class LLMCall:
     """The tool it is made in, for ``Budget(tool=...)``."""
     thread_id: str | None = None
     """The conversation it belongs to, for ``Budget(per="thread")``."""
+    timeout_s: float | None = None
+    """After how many seconds without an answer whoever sends it gives up, where that is known: until then it is not stalled."""
     seen: object = field(default=None, compare=False, repr=False)
     """For the provider of bounds: what it already knew of this history when it was asked."""
     began: object = field(default=None, compare=False, repr=False)
@@ -72,6 +74,8 @@ class ToolCall:
     """The node or agent it is made in."""
     thread_id: str | None = None
     """The conversation it belongs to."""
+    timeout_s: float | None = None
+    """After how many seconds it is given up, where that is known: until then it is not stalled."""
     began: object = field(default=None, compare=False, repr=False)
     """For the loop guard: what it knew of the run when this call began."""
 

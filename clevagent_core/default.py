@@ -72,11 +72,7 @@ def shutdown() -> None:
         atexit.unregister(shutdown)
         if found is None:
             return
-        if found.pid == os.getpid():
-            found.shutdown()
-        else:
-            # Forked: the runs are the parent's to end; what this process holds is its own.
-            found.ledger.close()
+        found.shutdown()
 
 
 def _after_fork_in_child() -> None:

@@ -18,6 +18,16 @@ _NOTHING = "null"
 """What a tool gave back that gave back ``None``, as a framework would write it for a model."""
 
 
+def _seconds(timeout_s: object, what: str) -> float | None:
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if timeout_s is None or (is_number and 0 < timeout_s < float("inf")):  # type: ignore[operator]  # asked for just now
+        return timeout_s  # type: ignore[return-value]  # as above
+    raise UsageError(
+        f"{what}(timeout_s={timeout_s!r}) is no number of seconds, so nobody could tell when the call is stalled. Give the timeout that it "
+        "is made with, or leave it out."
+    )
+
+
 class OpenLLMCall:
     """A model call that was let through: make it, then tell what it used."""
 
@@ -120,6 +130,7 @@ class LLMCallBlock:
         answers: int,
         provider: str | None,
         node: str | None,
+        timeout_s: float | None,
     ) -> None:
         """Made by ``llm_call()``."""
         if not isinstance(model, str) or not model:
@@ -148,6 +159,7 @@ class LLMCallBlock:
             provider=provider,
             node=node,
             opaque=is_opaque(items) or any(runs_at_provider(tool) for tool in tools),
+            timeout_s=_seconds(timeout_s, "llm_call"),
         )
         self._ticket: Ticket | None = None
         self._covered_before: Ticket | None = None
@@ -189,7 +201,9 @@ class LLMCallBlock:
 class ToolCallBlock:
     """``with clevagent.tool_call(...) as call:`` and its async twin. One block is one call."""
 
-    def __init__(self, watchdog: Callable[[], Watchdog], *, name: str, arguments: object, node: str | None) -> None:
+    def __init__(
+        self, watchdog: Callable[[], Watchdog], *, name: str, arguments: object, node: str | None, timeout_s: float | None
+    ) -> None:
         """Made by ``tool_call()``."""
         if not isinstance(name, str) or not name:
             raise UsageError(f"tool_call({name!r}) names no tool. Give the tool's name.")
@@ -198,7 +212,7 @@ class ToolCallBlock:
                 f"tool_call(node={node!r}) is no name, so Budget(node=...) could not match it. Give text, or leave it out."
             )
         self._watchdog = watchdog
-        self._call = ToolCall(tool=name, arguments=arguments, node=node)
+        self._call = ToolCall(tool=name, arguments=arguments, node=node, timeout_s=_seconds(timeout_s, "tool_call"))
         self._ticket: Ticket | None = None
         self._outer: str | None = None
 

@@ -4,9 +4,11 @@ ClevAgentError
 ├── Stopped (RuntimeError)     a guard stopped this call; nothing was sent
 │   ├── BudgetExceeded         the money, tokens or calls of a budget are used up
 │   │   └── BudgetBusy         what is left is only held by calls in flight: try again later
-│   └── LoopDetected           the run repeats itself without anything new
+│   ├── LoopDetected           the run repeats itself without anything new
+│   └── RemoteStop             somebody stopped the agent from outside
 ├── UsageError                 a mistake in how ClevAgent is used
 ├── LedgerError                what is spent cannot be counted: the ledger's file cannot be read or written
+├── DeliveryError              the monitor did not take a heartbeat; never leaves the sender
 └── PluginError                a named plugin is broken
 
 ``Stopped`` is a ``RuntimeError`` because LangGraph's default retry policy repeats other exceptions. No message contains
@@ -112,6 +114,44 @@ class LoopDetected(Stopped):
     Its incident tells in ``details`` the ``period`` (how many calls one round has), how many ``times``, ``since`` when (seconds since
     1970), the ``calls`` of one round, the ``rule`` that found it, and ``cost_usd``, what the run has cost since it began.
     """
+
+
+class RemoteStop(Stopped):
+    """Somebody stopped or paused the agent through the monitor; no call is sent until it is resumed there."""
+
+    @property
+    def by(self) -> str:
+        """Who did it, as the monitor tells it."""
+        return str(self.incident.details.get("by", ""))
+
+    @property
+    def reason(self) -> str:
+        """Why, in their words."""
+        return str(self.incident.details.get("reason", ""))
+
+
+class DeliveryError(ClevAgentError):
+    """A heartbeat could not be delivered. Kept inside the sender, which logs it: the agent never sees it.
+
+    Attributes:
+        permanent: whether sending the same again is of no use.
+        retry_after_s: how many seconds the receiver asked to wait.
+
+    """
+
+    def __init__(self, message: str, *, permanent: bool, retry_after_s: float | None = None) -> None:
+        """Keep what decides whether it is tried again."""
+        super().__init__(message)
+        self.permanent = permanent
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        """Survive pickling with all fields."""
+        return _delivery_error, (str(self), self.permanent, self.retry_after_s)
+
+
+def _delivery_error(message: str, permanent: bool, retry_after_s: float | None) -> DeliveryError:  # noqa: FBT001 - for pickle
+    return DeliveryError(message, permanent=permanent, retry_after_s=retry_after_s)
 
 
 class UsageError(ClevAgentError):

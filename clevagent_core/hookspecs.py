@@ -1,6 +1,6 @@
 """START HERE: every hook, in the order in which it fires.
 
-    configure -> run_started -> [ before_call -> reserve -> (the call) -> call_settled | call_failed ]*  step*  incident*
+    configure -> run_started -> [ before_call -> reserve -> (the call) -> call_settled | call_failed ]*  step*  beat*  incident*
               -> run_ended -> unconfigure
 
 and, asked whenever they are needed, the providers: guard, attach, attachable, price, bound, ledger.
@@ -8,8 +8,8 @@ and, asked whenever they are needed, the providers: guard, attach, attachable, p
 A plugin is any object whose methods carry ``@hookimpl``; every built-in of ClevAgent is one. Three kinds of hooks:
 
 - *guards* (``before_call``, ``reserve``) answer. They never raise on purpose: ``Run`` turns a ``Stop`` into the exception.
-- *observers* (``call_settled``, ``call_failed``, ``step``, ``incident``, ``run_started``, ``run_ended``) are told. They are called
-  one by one; one that raises is reported in the log and silences nobody else.
+- *observers* (``call_settled``, ``call_failed``, ``step``, ``beat``, ``incident``, ``run_started``, ``run_ended``) are told. They are
+  called one by one; one that raises is reported in the log and silences nobody else.
 - *providers* (``guard``, ``attach``, ``price``, ``bound``, ``ledger``) are asked in turn, third parties first, until one answers
   something other than ``None``.
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
+    from clevagent_core.heartbeat.beats import Beat
     from clevagent_core.ledger.account import Ledger
     from clevagent_core.pricing import Rates
     from clevagent_core.runs import Run
@@ -104,6 +105,14 @@ def clevagent_call_failed(run: Run, call: Call, outcome: Outcome) -> None:
 @hookspec
 def clevagent_step(run: Run, step: Step) -> None:
     """Fires for each sign of progress (a finished call, a ``ping()``). Hot; on the thread that made it; raising is logged."""
+
+
+@hookspec
+def clevagent_beat(beat: Beat) -> None:
+    """Fires for each heartbeat, every ``interval`` seconds and when there is something to tell at once; also without a monitor.
+
+    On the thread of the watchdog's timers, one beat at a time: it must not block. The answer is ignored; raising is logged.
+    """
 
 
 @hookspec

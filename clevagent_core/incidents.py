@@ -14,6 +14,7 @@ from clevagent_core.verdicts import Incident
 
 logger = logging.getLogger("clevagent")
 
+_END_S = 1.0
 _QUEUE = 1000
 """How many incidents may wait; the oldest is dropped, and counted, when one more comes."""
 
@@ -65,6 +66,10 @@ class IncidentTeller:
         with self._lock:
             self._stopping = True
             self._wake.set()
+            thread = self._thread
+        if not left and thread is not None and thread is not threading.current_thread():
+            # It has nothing more to do, and lets go of the watchdog when it ends.
+            thread.join(_END_S)
         if left or self.dropped:
             logger.warning(
                 "%d incidents were not told: %d were still waiting after %g s, %d did not fit the queue.",

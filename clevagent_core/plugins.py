@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
+    from clevagent_core.heartbeat.beats import Beat
     from clevagent_core.ledger.account import Ledger
     from clevagent_core.runs import Run
     from clevagent_core.summaries import RunSummary
@@ -37,8 +38,12 @@ logger = logging.getLogger("clevagent")
 ENTRY_POINT_GROUP = "clevagent"
 
 BUILTINS = (
+    "clevagent_core.guards.remote",
     "clevagent_core.guards.loop",
     "clevagent_core.guards.budget",
+    "clevagent_core.guards.stall",
+    "clevagent_core.guards.spike",
+    "clevagent_core.heartbeat.pulse",
     "clevagent_core.bounds",
     "clevagent_core.price_list",
     "clevagent_core.ledger.memory",
@@ -215,6 +220,10 @@ class Plugins:
     def run_started(self, run: Run) -> None:
         """Tell observers that a run began."""
         self._observe("clevagent_run_started", run=run)
+
+    def beat(self, beat: Beat) -> None:
+        """Tell observers of a heartbeat."""
+        self._observe("clevagent_beat", beat=beat)
 
     def incident(self, incident: Incident) -> None:
         """Tell observers that something is wrong. May block: not for the caller's thread."""

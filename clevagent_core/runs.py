@@ -20,11 +20,12 @@ from clevagent_core.accounts import accounts_of, record
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
-from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, Stopped, UsageError, passing
+from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, RemoteStop, Stopped, UsageError, passing
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
+from clevagent_core.progress import Progress
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
-from clevagent_core.tickets import Reservation, Ticket, release_all
+from clevagent_core.tickets import Reservation, Ticket, Work, current_task, release_all
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
@@ -35,8 +36,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clevagent")
 
 
-_TOLD_BY_GUARDS = frozenset({"budget", "busy", "loop"})
-_ERRORS: dict[str, type[Stopped]] = {"budget": BudgetExceeded, "busy": BudgetBusy, "loop": LoopDetected}
+_TOLD_BY_GUARDS = frozenset({"budget", "busy", "loop", "remote", "paused"})
+_PASSING = frozenset({"busy", "paused"})
+"""The refusals that end by themselves: a call that can wait does so."""
+_ERRORS: dict[str, type[Stopped]] = {
+    "budget": BudgetExceeded,
+    "busy": BudgetBusy,
+    "loop": LoopDetected,
+    "remote": RemoteStop,
+    "paused": RemoteStop,
+}
 
 
 class Run:
@@ -75,11 +84,15 @@ class Run:
             _check_enforced(self)
         self.pid = os.getpid()
         self.started_at = watchdog.clock.wall()
+        self.started_monotonic = watchdog.clock.monotonic()
+        """When it began, in monotonic seconds; deadlines are counted from there."""
         self.ended_at: float | None = None
         self.accounts: dict[AccountKey, Account] = {}
         """The accounts whose window is this run."""
         self.used: dict[AccountKey, Account] = {}
         """Every account that a call of this run, or of one nested in it, counted against."""
+        self.ceilings: dict[str, int | None] = {}
+        """The ceilings of this run that depend on the agent's past, in pico-USD by budget; ``None`` where that is not known yet."""
         self.lent: dict[str, Budget] = {}
         """The budgets of guarded objects and nodes that were called in it, or in one nested in it, by name: they can be topped up."""
         self.resumable = resumable
@@ -88,6 +101,8 @@ class Run:
         """What guards that have stopped a whole run tree answer, before work begins that is no call itself; kept on its root."""
         self.finished_nodes = 0
         """How many nodes of graphs the loop guard has seen to their end in this run tree; kept on its root."""
+        self.open_work: dict[Ticket | Work, None] = {}
+        """What goes on in this run tree: calls that nobody has told yet what became of, nodes and tasks; oldest first; kept on its root."""
         self.stops: list[Incident] = []
         """Why work in it, or in one nested in it, was ended gracefully."""
         self.memo: dict[object, Any] = {}
@@ -96,6 +111,8 @@ class Run:
         """For guards: what each has seen of this run, with the guard itself as the key."""
         self.forgiven = 0
         """How often ``forgive_loops`` was called on this run tree; kept on its root."""
+        self.progress: Progress = Progress(self.started_monotonic, current_task()) if parent is None else parent.progress
+        """How the whole run tree gets on."""
         self._tally = Tally()
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -113,7 +130,7 @@ class Run:
         answer = self._try(call, extra)
         if isinstance(answer, Ticket):
             return answer
-        if answer.incident.kind == "busy" and not _in_event_loop() and self._others_hold():
+        if answer.incident.kind in _PASSING and not _in_event_loop() and (answer.incident.kind != "busy" or self._others_hold()):
             answer = self._wait(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
@@ -124,11 +141,21 @@ class Run:
         answer = self._try(call, extra)
         if isinstance(answer, Ticket):
             return answer
-        if answer.incident.kind == "busy":
+        if answer.incident.kind in _PASSING:
             answer = await self._await(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
         raise self.refused(answer.incident)
+
+    def begin(self, name: str) -> Work:
+        """Tell that a piece of work begins which is no call itself, as a node: where it is stuck can be told then. ``finish`` ends it."""
+        work = Work(self, name)
+        self.root.open_work[work] = None
+        return work
+
+    def finish(self, work: Work) -> None:
+        """Tell that a piece of work is over, whatever came of it."""
+        self.root.open_work.pop(work, None)
 
     def step(self, step: Step) -> None:
         """Tell a sign of progress."""
@@ -136,6 +163,15 @@ class Run:
 
     def tell_step(self, hooks: BoundHooks, step: Step) -> None:
         """Tell a sign of progress to hooks that are known already. For tickets."""
+        progress, steps = self.progress, self.watchdog.steps
+        now = self.watchdog.clock.monotonic()
+        steps.moved_at, steps.run_id, steps.count = now, self.root.run_id, next(steps.numbers)
+        if now - progress.moved_at > progress.longest_pause_s:  # noqa: PLR1730 - max() would take longer than all the rest
+            progress.longest_pause_s = now - progress.moved_at
+        progress.moved_at = now
+        progress.thread = threading.get_ident()
+        if step.kind == "ping":
+            progress.pings += 1
         for observer in hooks.step:
             try:
                 observer(self, step)
@@ -157,6 +193,11 @@ class Run:
         """Whether a call was made, refused or recorded in it."""
         tally = self._tally
         return bool(self.used or self.memo or tally.by_model or tally.by_tool or tally.refusals)
+
+    @property
+    def tally(self) -> Tally:
+        """What it has used so far."""
+        return self._tally
 
     @property
     def cost_pico(self) -> int:
@@ -241,7 +282,7 @@ class Run:
             Stopped: a guard has stopped the run.
 
         """
-        for gate in list(self.root.gates.values()):
+        for gate in (self.watchdog.control.gate, *self.root.gates.values()):
             stop = gate(self)
             if stop is not None:
                 raise self.refused(stop.incident)
@@ -249,8 +290,7 @@ class Run:
     def refused(self, incident: Incident) -> Stopped:
         """Count a refusal, and make the error that tells it. For adapters that refuse work which is no call itself, as a node."""
         for run in self.chain():
-            with run._tally.lock:  # noqa: SLF001 - a run of the same chain
-                run._tally.refusals += 1  # noqa: SLF001 - a run of the same chain
+            run._tally.refuse()  # noqa: SLF001 - a run of the same chain
         kind = _ERRORS.get(incident.kind, Stopped)
         through, ending = self.watchdog.through.get(), self.watchdog.ending.get()
         if ending is not None:
@@ -293,6 +333,8 @@ class Run:
             ticket = hold.owner
             if isinstance(ticket, Ticket) and ticket.run is self:
                 ticket.charge()
+        if self.parent is None:
+            self.open_work.clear()
         if self.pid == os.getpid() and not self.resumable:  # else a copy in a forked child: the run goes on in its parent
             self.watchdog.ledger.forget(list(self.accounts.values()))
         try:
@@ -359,6 +401,7 @@ class Run:
             if stop is not None:
                 release_all(reservations)
                 return stop
+        self.root.open_work[ticket] = None
         return ticket
 
     def _joined(self, own: Sequence[Budget], lent: tuple[Budget, ...]) -> Sequence[Budget]:
@@ -420,18 +463,15 @@ class Run:
         clock = self.watchdog.clock
         deadline = clock.monotonic() + self.watchdog.settings.wait_s
         event = ReentrantEvent()
-        unsubscribe = self.watchdog.ledger.changes.subscribe(event.set)
         answer: Ticket | Stop = stop
-        try:
-            while isinstance(answer, Stop) and answer.incident.kind == "busy":
+        with self._listening(event.set):
+            while isinstance(answer, Stop) and answer.incident.kind in _PASSING:
                 event.clear()
                 answer = self._try(call, extra)
-                left = deadline - clock.monotonic()
-                if isinstance(answer, Ticket) or answer.incident.kind != "busy" or left <= 0:
+                left = self._patience(answer, deadline)
+                if left <= 0:
                     break
                 clock.wait(event, left)
-        finally:
-            unsubscribe()
         return answer
 
     async def _await(self, call: Call, extra: Sequence[Budget], stop: Stop) -> Ticket | Stop:
@@ -446,22 +486,38 @@ class Run:
             with suppress(RuntimeError):  # the loop was closed with the task in it: nobody is left to wake
                 loop.call_soon_threadsafe(event.set)
 
-        unsubscribe = self.watchdog.ledger.changes.subscribe(wake)
         answer: Ticket | Stop = stop
-        try:
-            while isinstance(answer, Stop) and answer.incident.kind == "busy":
+        with self._listening(wake):
+            while isinstance(answer, Stop) and answer.incident.kind in _PASSING:
                 event.clear()
                 answer = self._try(call, extra)
-                left = deadline - clock.monotonic()
-                if isinstance(answer, Ticket) or answer.incident.kind != "busy" or left <= 0:
+                left = self._patience(answer, deadline)
+                if left <= 0:
                     break
                 await clock.wait_async(event, left)
-        finally:
-            unsubscribe()
         return answer
 
+    @contextmanager
+    def _listening(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Have ``wake`` called whenever what made a call wait may be over."""
+        ends = [self.watchdog.ledger.changes.subscribe(wake), self.watchdog.control.changes.subscribe(wake)]
+        try:
+            yield
+        finally:
+            for end in ends:
+                end()
+
+    def _patience(self, answer: Ticket | Stop, deadline: float) -> float:
+        """How many seconds to wait before asking again; 0 or less when the answer stands."""
+        kind = None if isinstance(answer, Ticket) else answer.incident.kind
+        if kind == "paused":
+            # As long as it takes: whoever paused the agent resumes it, or stops it.
+            return self.watchdog.settings.interval
+        return deadline - self.watchdog.clock.monotonic() if kind == "busy" else 0
+
     def after_fork(self) -> None:
-        """Be usable in a forked child: a thread of the parent may have held the lock."""
+        """Be usable in a forked child: a thread of the parent may have held the lock, and what is open there ends there."""
+        self.open_work.clear()
         self._tally.lock = threading.RLock()
 
     def chain(self) -> Iterator[Run]:

@@ -23,6 +23,9 @@ Estimate = Literal["upper", "expected"]
 UnknownPrice = Literal["refuse", "allow"]
 OnCostExceeded = Literal["warn", "raise"] | Callable[[Incident], object]
 OnLoop = Literal["warn", "raise"] | Callable[[Incident], object]
+OnStall = Literal["warn", "exit"] | Callable[[Incident], object]
+CAPTURES = ("exception_messages",)
+"""What ``capture`` can ask for."""
 
 
 def _setting(
@@ -62,6 +65,12 @@ def _read_seconds(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError("is no number of seconds") from None
+
+
+def _read_stall_after(text: str) -> float | dict[str, float]:
+    if "=" not in text:
+        return _read_seconds(text)
+    return {name: _read_seconds(value) for name, _, value in (pair.rpartition("=") for pair in text.split())}
 
 
 _TEXTS = frozenset({"per", "node", "tool", "model", "by", "on_exceed", "name"})
@@ -105,6 +114,27 @@ def check_on_cost_exceeded(action: object) -> OnCostExceeded:
     return cast("OnCostExceeded", known)
 
 
+def check_on_stall(action: object) -> OnStall:
+    """Take an action for stalls as it was given; the published ``alert_only`` is turned into ours.
+
+    Raises:
+        UsageError: no such action, or one that nothing would wait for.
+
+    """
+    known = "warn" if action == "alert_only" else action
+    if known not in ("warn", "exit") and not callable(known):
+        raise UsageError(
+            f"on_stall={action!r} is no action, so nothing would happen when a run is stalled. Use 'warn', 'exit' (ends the process, for a "
+            "supervisor to start it again), or a callable that gets the incident. A thread that is stuck cannot be made to raise."
+        )
+    if is_async(known):
+        raise UsageError(
+            f"on_stall={action!r} is an async function, and nothing would wait for it: what is stuck may be its event loop. Give a plain "
+            "function."
+        )
+    return cast("OnStall", known)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that can be set. Each field is also the environment variable ``CLEVAGENT_`` + its name in capitals."""
@@ -141,6 +171,18 @@ class Settings:
     """Where the monitor is, as a URL."""
     interval: float = _setting(30.0, _read_seconds)
     """Seconds between two heartbeats."""
+    spool: str | None = _setting(None, str)
+    """The file that keeps heartbeats while the monitor cannot be reached; ``off`` keeps none. ``None``: one for each agent, in
+    ``$XDG_STATE_HOME/clevagent`` (``~/.local/state/clevagent``). Written only where ``endpoint`` is set."""
+    capture: tuple[str, ...] = _setting((), _read_names)
+    """What may leave the process beside the listed fields of a heartbeat: ``exception_messages``, the text of an exception that ended the
+    process or a thread. It may quote prompts and answers."""
+    stall_after: float | Mapping[str, float] = _setting(120.0, _read_stall_after)
+    """After how many seconds without a step a run is stalled. By node or tool as a mapping, with ``*`` for all others:
+    ``{"*": 120, "crawl": 900}``; in the environment ``*=120 crawl=900``."""
+    on_stall: OnStall = _setting("warn", check_on_stall)
+    """What happens when a run is stalled: ``warn`` tells; ``exit`` tells and ends the process with status 75, so that a supervisor
+    starts it again; a callable gets the incident, on a thread of ClevAgent's own."""
     dry_run: bool = _setting(default=False, read=_read_flag)
     """Work everything out and tell it, but stop nothing."""
     estimate: Estimate = _setting("upper", str)
@@ -182,6 +224,10 @@ class Settings:
             values["on_cost_exceeded"] = check_on_cost_exceeded(values["on_cost_exceeded"])
         if "on_loop" in values:
             values["on_loop"] = check_on_loop(values["on_loop"], where="on_loop=")
+        if "on_stall" in values:
+            values["on_stall"] = check_on_stall(values["on_stall"])
+        if isinstance(values.get("spool"), os.PathLike):
+            values["spool"] = os.fspath(values["spool"])
         if isinstance(values.get("ledger"), os.PathLike):
             values["ledger"] = os.path.join(".", values["ledger"])  # noqa: PTH118 - a path, also where it looks like a word
         settings = cls(**values)
@@ -189,7 +235,7 @@ class Settings:
         return settings
 
     def _check(self) -> None:
-        for name, kind in (("budgets", "Budget"), ("attach", "str"), ("block", "str"), ("plugins", "object")):
+        for name, kind in (("budgets", "Budget"), ("attach", "str"), ("capture", "str"), ("block", "str"), ("plugins", "object")):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise UsageError(f"{name}={value!r} is not a list. Write {name}=[...] with {kind} items.")
@@ -204,6 +250,7 @@ class Settings:
                 f"dry_run={self.dry_run!r} is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."
             )
         self._check_monitor()
+        self._check_stalls()
         self._check_prices()
         for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
             value = getattr(self, name)
@@ -227,12 +274,33 @@ class Settings:
                 f"auto_cost={self.auto_cost!r} is neither True nor False, so it is not clear whether raw clients are to be attached to. "
                 "Write auto_cost=True or auto_cost=False."
             )
-        for name in ("api_key", "endpoint"):
+        for name in ("api_key", "endpoint", "spool"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise UsageError(
                     f"{name}={value!r} is no text, so the monitor could not be reached with it. Give it, or leave it out."
                 )
+        if self.endpoint is not None and not re.match(r"https?://[^/\s]", self.endpoint):
+            raise UsageError(
+                f"endpoint={self.endpoint!r} is no address, so no heartbeat could be sent there. Write it with its scheme, for example "
+                "endpoint='https://monitor.example.com'."
+            )
+
+    def _check_stalls(self) -> None:
+        given = self.stall_after
+        table = given if isinstance(given, Mapping) else {"*": given}
+        for name, seconds in table.items():
+            is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not isinstance(name, str) or not is_number or not math.isfinite(seconds) or seconds < 1:
+                raise UsageError(
+                    f"stall_after={given!r} gives {name!r} no number of seconds of at least 1, so nobody could tell when it is stalled. Write "
+                    "stall_after=120, or by node and tool stall_after={'*': 120, 'crawl': 900}."
+                )
+        unknown = [name for name in self.capture if name not in CAPTURES]
+        if unknown:
+            raise UsageError(
+                f"capture={self.capture!r} asks for what is not known, so nothing more was captured. Known: capture={list(CAPTURES)!r}."
+            )
 
     def _check_prices(self) -> None:
         if not isinstance(self.prices, Mapping):

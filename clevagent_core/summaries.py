@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from clevagent_core.budgets import UNITS, USD
 from clevagent_core.calls import Call, ToolCall, Usage
@@ -99,7 +99,9 @@ class RunSummary:
 class Tally:
     """Adds up what a run uses. One lock: additions come from many threads."""
 
-    __slots__ = ("by_model", "by_node", "by_tool", "charged", "clamped", "cost", "lock", "refusals", "tool_calls", "unpriced")
+    __slots__ = (
+        "by_model", "by_node", "by_tool", "charged", "clamped", "cost", "heir", "lock", "refusals", "tool_calls", "unpriced",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -107,12 +109,16 @@ class Tally:
         self.by_node: dict[str, list[int]] = {}
         self.by_tool: dict[str, list[int]] = {}
         self.cost = self.tool_calls = self.refusals = self.clamped = self.charged = self.unpriced = 0
+        self.heir: Tally | None = None
+        """What all of this was added to when the run ended; what is corrected later is added there, too."""
 
     def add(self, call: Call, sign: int, cost: int | None, usage: Usage, charged: bool, clamped: bool) -> None:  # noqa: FBT001 - hot
         """Add a call (``sign`` 1), or take back one that was charged because its real usage came later (``sign`` -1)."""
         input_tokens, output_tokens = usage.input_tokens, usage.output_tokens
         amount = sign * (cost or 0)
         with self.lock:
+            if self.heir is not None:
+                self.heir.add(call, sign, cost, usage, charged, clamped)
             self.cost += amount
             if charged:
                 self.charged += sign
@@ -136,6 +142,52 @@ class Tally:
                 _add(self.by_node, call.node, sign, amount, input_tokens, output_tokens)
             if call.tool is not None:
                 _add(self.by_tool, call.tool, 0, amount, input_tokens, output_tokens)
+
+    def refuse(self) -> None:
+        """Count a refusal."""
+        with self.lock:
+            self.refusals += 1
+            if self.heir is not None:
+                self.heir.refuse()
+
+    def bequeath(self, heir: Tally) -> None:
+        """The run is over: add all of it to ``heir``, and what comes later, too."""
+        with self.lock, heir.lock:
+            self.heir = heir
+            heir.cost += self.cost
+            heir.tool_calls += self.tool_calls
+            heir.refusals += self.refusals
+            _merge(heir.by_model, self.by_model)
+
+
+class Totals(NamedTuple):
+    """What a whole process has used."""
+
+    cost_pico: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    llm_calls: int = 0
+    tool_calls: int = 0
+    refusals: int = 0
+
+
+def total(tallies: Iterable[Tally]) -> Totals:
+    """Add up what runs have used. Takes no lock, so that a forked child can ask, too; numbers that change meanwhile are told later."""
+    cost = input_tokens = output_tokens = llm_calls = tool_calls = refusals = 0
+    for tally in tallies:
+        cost += tally.cost
+        tool_calls += tally.tool_calls
+        refusals += tally.refusals
+        for row in list(tally.by_model.values()):
+            llm_calls += row[0]
+            input_tokens += row[2]
+            output_tokens += row[3]
+    return Totals(cost, input_tokens, output_tokens, llm_calls, tool_calls, refusals)
+
+
+def _merge(table: dict[str, list[int]], other: Mapping[str, Sequence[int]]) -> None:
+    for name, row in other.items():
+        _add(table, name, *row)
 
 
 def _add(table: dict[str, list[int]], name: str, count: int, cost: int, input_tokens: int, output_tokens: int) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 
 if TYPE_CHECKING:
+    import asyncio
+
     from clevagent_core.pricing import Rates
     from clevagent_core.runs import Run
 
@@ -20,9 +24,19 @@ _NO_USAGE = Usage()
 
 
 @functools.lru_cache(maxsize=1024)
-def _step(kind: Literal["llm_call", "tool_call"], name: str) -> Step:
+def plain_step(kind: Literal["llm_call", "tool_call", "ping"], name: str) -> Step:
+    """Give the step that tells nothing but its name."""
     # Frozen, and the same for every call of one model or tool: making one costs as much as settling in the ledger.
     return Step(kind=kind, name=name)
+
+
+def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
+    """Find the asyncio task that runs here. Costs next to nothing where asyncio is not in use."""
+    tasks = sys.modules.get("asyncio.tasks")
+    if tasks is None or tasks.events._get_running_loop() is None:  # noqa: SLF001 - documented; the public one raises
+        return None
+    task = tasks.current_task()
+    return None if task is None else weakref.ref(task)
 
 
 class Reservation(Protocol):
@@ -59,6 +73,21 @@ class Outcome(NamedTuple):
     """What came back, where the adapter tells it: a tool's result, a model's answer (text, and the tools it asks for)."""
 
 
+class Work:
+    """A piece of work that goes on and is no call itself: a node, a task. See ``Run.begin``."""
+
+    __slots__ = ("moved_at", "name", "task", "thread")
+
+    timeout_s = None
+
+    def __init__(self, run: Run, name: str) -> None:
+        """Made by ``Run.begin`` only."""
+        self.name = name
+        self.thread = threading.get_ident()
+        self.moved_at = run.watchdog.clock.monotonic()
+        self.task = current_task()
+
+
 class Ticket:
     """The permission to make one call, and the duty to tell what became of it.
 
@@ -73,8 +102,10 @@ class Ticket:
         "_status",
         "call",
         "max_output_tokens",
+        "moved_at",
         "rates",
         "run",
+        "task",
         "thread",
     )
 
@@ -84,6 +115,10 @@ class Ticket:
         self.call = call
         self.thread = threading.get_ident()
         """The thread that opened it."""
+        self.moved_at = run.watchdog.clock.monotonic()
+        """When it was opened, or last heard of, in monotonic seconds."""
+        self.task = current_task()
+        """The asyncio task that opened it, held weakly; ``None`` outside of one."""
         self.rates = rates
         self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
         """The output limit to send with the request: what was asked for, or what is left of it."""
@@ -91,6 +126,17 @@ class Ticket:
         self._status: Literal["open", "settled", "released", "charged"] = "open"
         self._charged_cost: int | None = None
         self._is_charge_counted = False
+
+    @property
+    def name(self) -> str:
+        """The model's or the tool's name."""
+        call = self.call
+        return call.model if isinstance(call, LLMCall) else call.tool
+
+    @property
+    def timeout_s(self) -> float | None:
+        """After how many seconds whoever makes the call gives it up, where that is known."""
+        return self.call.timeout_s
 
     @property
     def is_open(self) -> bool:
@@ -132,7 +178,9 @@ class Ticket:
             except Exception:  # whose code: a plugin's; observers fail open
                 logger.exception("An observer of settled calls failed and was passed over.")
         if hooks.step:
-            run.tell_step(hooks, _step("llm_call", call.model) if isinstance(call, LLMCall) else _step("tool_call", call.tool))
+            run.tell_step(
+                hooks, plain_step("llm_call", call.model) if isinstance(call, LLMCall) else plain_step("tool_call", call.tool)
+            )
 
     def release(self, error: BaseException | None = None) -> None:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
@@ -162,6 +210,10 @@ class Ticket:
         self.run.count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)
         self._tell_failed(Outcome("charged", None, cost, error, result))
 
+    def touch(self) -> None:
+        """Tell that something of the answer has come in, and more is to follow: a stream that flows is not stalled."""
+        self.moved_at = self.run.watchdog.clock.monotonic()
+
     def fail(self, error: BaseException, *, sent: bool) -> None:
         """Tell that the call failed: ``release`` unless it may have been sent and billed, else ``charge``."""
         if sent:
@@ -175,6 +227,7 @@ class Ticket:
             if before != "open" and not (before == "charged" and status == "settled"):
                 return False
             self._status = status
+            self.run.root.open_work.pop(self, None)
             was_counted, self._is_charge_counted = self._is_charge_counted, False
         if was_counted:
             run = self.run

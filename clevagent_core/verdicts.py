@@ -34,7 +34,7 @@ class Incident:
     """Whose account of that budget: the run's id, the thread's, the tag's value."""
     window: str | None = None
     """The window of that account, for example ``2026-11-23``."""
-    unit: Unit | None = None
+    unit: Unit | Literal["seconds"] | None = None
     """What the limit counts; the four amounts below are in it (US dollars for ``usd``)."""
     spent: float | None = None
     """Settled so far."""

@@ -13,21 +13,27 @@ from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
+from clevagent_core.baselines import Baselines
 from clevagent_core.budgets import Budget, as_budgets, check_actions, check_names
 from clevagent_core.calls import LLMCall
 from clevagent_core.clock import Clock, SystemClock
+from clevagent_core.control import Control
 from clevagent_core.errors import UsageError
 from clevagent_core.incidents import IncidentTeller
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
 from clevagent_core.pricing import Rates
+from clevagent_core.progress import Steps
 from clevagent_core.runs import Run
 from clevagent_core.settings import Settings
-from clevagent_core.summaries import RunSummary
+from clevagent_core.summaries import RunSummary, Tally, Totals, total
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
+
+if TYPE_CHECKING:
+    from clevagent_core.heartbeat.pulse import Pulse
 
 logger = logging.getLogger("clevagent")
 
@@ -48,6 +54,13 @@ class Watchdog:
 
     Safe to use from any thread and any event loop.
     """
+
+    pulse: Pulse | None = None
+    """What makes the heartbeats, unless its plugin is blocked."""
+    aborting: Incident | None = None
+    """Why the process is about to be ended (``abort``)."""
+    _shutdown_by = float("inf")
+    _is_shut_down = _has_started_run = False
 
     def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:
         """Resolve the settings, load the plugins, open the ledger.
@@ -83,6 +96,13 @@ class Watchdog:
         """The budgets of the node that this context runs: they cover every call in it."""
         self.recent: deque[Incident] = deque(maxlen=_RECENT)
         """The latest incidents, oldest first."""
+        self.steps = Steps()
+        """How the whole process gets on."""
+        self._ended = Tally()
+        """What the runs that are over have used."""
+        self._roots: dict[Run, None] = {}
+        self.control = Control(self)
+        """What was asked for from outside."""
         self.plugins = Plugins(block=self.settings.block)
         self._teller = IncidentTeller(self.plugins.incident, self.clock)
         self._lock = threading.RLock()
@@ -90,12 +110,12 @@ class Watchdog:
         """The runs that raw threads may belong to, each with whether it is a block of the user's."""
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
-        self._has_started_run = False
         self._told: set[tuple[str, object]] = set()
-        self._is_shut_down = False
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
         self.ledger: Ledger = self._open_ledger()
+        self.baselines = Baselines(self.ledger, self.clock)
+        """What is usual for this agent."""
         # Its accounts are this process's own, also in a ledger that others share.
         self.process_run = Run(self, run_id=f"process-{uuid.uuid4().hex[:12]}")
         """What is called outside every run belongs to this one."""
@@ -103,9 +123,10 @@ class Watchdog:
         self.plugins.configure(self)
         self.plugins.run_started(self.process_run)
         self._attach_as_set()
-        if self.settings.api_key is not None or self.settings.endpoint is not None:
+        if self.settings.api_key is not None and self.settings.endpoint is None:
             logger.warning(
-                "ClevAgent takes api_key, endpoint and interval, and sends no heartbeats yet: what it guards, it guards in this process."
+                "ClevAgent was given an api_key and no endpoint, so no heartbeat is sent: what it guards, it guards in this process. Name "
+                "the monitor: clevagent.init(endpoint='https://...')."
             )
 
     def _open_ledger(self) -> Ledger:
@@ -264,8 +285,10 @@ class Watchdog:
                 own.register(guard)
         run = Run(self, budgets=budgets, tags=tags, parent=parent, run_id=run_id, dry_run=dry_run, guards=own, resumable=resumable)
         self._has_started_run = True
-        if inherited:
-            with self._lock:
+        with self._lock:
+            if parent is None:
+                self._roots[run] = None
+            if inherited:
                 self._active[run] = is_block
         self.plugins.run_started(run)
         return run
@@ -274,7 +297,18 @@ class Watchdog:
         """Take note that a run has ended, and tell observers."""
         with self._lock:
             self._active.pop(run, None)
+            if self._roots.pop(run, run) is None:
+                run.tally.bequeath(self._ended)
         self.plugins.run_ended(run, summary)
+
+    def roots(self) -> list[Run]:
+        """The outermost runs that go on, the process's own first."""
+        return [self.process_run, *list(self._roots)]
+
+    def totals(self) -> Totals:
+        """Add up what the whole process has used since this watchdog began, the runs that go on included."""
+        with self._lock:
+            return total([self._ended, *(run.tally for run in self.roots())])
 
     # -- what runs and guards need ----------------------------------------------------------------------------------------
 
@@ -320,27 +354,58 @@ class Watchdog:
             self.tell(incident)
 
     def flush(self, timeout_s: float | None = None) -> int:
-        """Wait until observers have heard every incident, at most ``timeout_s`` (``flush_s``) seconds; tell how many are left."""
-        return self._teller.flush(self.settings.flush_s if timeout_s is None else timeout_s)
+        """Wait until observers have heard every incident and the monitor every heartbeat, at most ``timeout_s`` (``flush_s``) seconds.
+
+        Tells how many are left.
+        """
+        deadline = self.clock.monotonic() + (self.settings.flush_s if timeout_s is None else timeout_s)
+        left = self._teller.flush(deadline - self.clock.monotonic())
+        if self.pulse is not None:
+            left += self.pulse.flush(max(0.0, deadline - self.clock.monotonic()))
+        return left
 
     def shutdown(self) -> None:
         """End every run that is still active, detach, tell what is waiting, within ``flush_s`` seconds. Safe to call twice."""
         if self._is_shut_down:
             return
-        with self._lock:
-            active = list(self._active)
-        for run in reversed(active):
-            run.end()
-        self.process_run.end()
+        self._shutdown_by = self.clock.monotonic() + self.settings.flush_s
+        self.control.close()
+        if self.pid == os.getpid():
+            with self._lock:
+                active = list(self._active)
+            for run in reversed(active):
+                run.end()
+            self.process_run.end()
+        # else forked: the runs are the parent's to end.
         self._is_shut_down = True
+        # First, so that what observers and the last heartbeat have to tell is complete.
+        self._teller.flush(self.left_to_shut_down())
         self.plugins.unconfigure(self)
         self.ledger.close()
-        self._teller.stop(self.settings.flush_s)
+        self._teller.stop(self.left_to_shut_down())
+
+    def left_to_shut_down(self) -> float:
+        """How many seconds are left of ``flush_s`` since ``shutdown`` began."""
+        return min(self.settings.flush_s, max(0.0, self._shutdown_by - self.clock.monotonic()))
+
+    def abort(self, incident: Incident, status: int) -> None:
+        """End the process although some of it is stuck: tell what is waiting until the flush deadline, then leave with ``status``.
+
+        What the ledger holds is charged; ``finally`` blocks and ``atexit`` functions are not run, since they could be stuck, too.
+        """
+        self.aborting = incident
+        # On a thread of its own: what is stuck may hold a lock that is needed.
+        last = threading.Thread(target=self.shutdown, name="clevagent-abort", daemon=True)
+        last.start()
+        last.join(self.settings.flush_s + 1)
+        logging.shutdown()
+        os._exit(status)
 
     def _after_fork(self) -> None:
         # Threads of the parent may have held these locks; the child has none of them.
         self._lock = threading.RLock()
-        for run in (self.process_run, *self._active):
+        self.baselines.after_fork()
+        for run in {self.process_run, *self._active, *self._roots}:
             run.after_fork()
 
 

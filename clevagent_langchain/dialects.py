@@ -19,6 +19,9 @@ from clevagent_core.providers import requests
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.messages import items_of
 
+_TIMEOUTS = ("request_timeout", "default_request_timeout", "timeout")
+"""What models call the time after which they give an answer up."""
+
 
 class Dialect:
     """A model of an unknown provider: it is described and metered, but no limit is sent and its retries stay its own."""
@@ -68,6 +71,7 @@ class Dialect:
             opaque=facts.is_unbounded or is_opaque,
             service_tier=facts.service_tier,
             audio=facts.is_audio,
+            timeout_s=requests.seconds_of(*(getattr(model, name, None) for name in _TIMEOUTS)),
         )
         if call.opaque:
             call.context_window = _profile(model).get("max_input_tokens")

@@ -370,5 +370,7 @@ def _checked(budgets: object) -> tuple[Budget, ...]:
 
 def _of_tools_only(budget: Budget) -> Budget:
     """Let a ceiling on tool calls, and nothing else, cover what tools do, but not the model call that could finish without them."""
-    is_of_tools = all(UNITS[unit] == "tool_calls" for unit, _ in budget.limits())
+    is_of_tools = {UNITS[unit] for unit, _ in budget.limits()} == {
+        "tool_calls"
+    } and budget.seconds is budget.baseline_multiple is None
     return replace(budget, tool="*") if is_of_tools and budget.tool is None and budget.model is None else budget

@@ -359,6 +359,7 @@ def _stream(
     try:
         while chunk is not None:
             told.note(chunk)
+            ticket.touch()
             yield chunk
             with inside:
                 chunk = next(chunks, None)
@@ -407,6 +408,7 @@ async def _astream(
     try:
         while first is not None:
             told.note(first)
+            ticket.touch()
             yield first
             with inside:
                 first = await anext(chunks, None)

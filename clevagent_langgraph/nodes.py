@@ -331,6 +331,7 @@ class _Execution:
         "_thread_id",
         "_through",
         "_watchdog",
+        "_work",
     )
 
     def __init__(self, node: _Node) -> None:
@@ -352,7 +353,7 @@ class _Execution:
         if node.budgets:
             self._lent = node.lending(watchdog.lent.get())
         self._began = _began(run, metadata)
-        if node.budgets or run.root.gates:
+        if node.budgets or run.root.gates or watchdog.control.stops:
             with self:
                 run.check()
                 if node.budgets and not watchdog.wrapping_up.get():
@@ -361,6 +362,7 @@ class _Execution:
     def __enter__(self) -> None:
         watchdog = self._watchdog
         self._outer = watchdog.node.get()
+        self._work = self._run.begin(self._named)
         watchdog.node.set(self._named)
         if self._is_lending:
             self._outer_lent = watchdog.lent.get()
@@ -371,6 +373,7 @@ class _Execution:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         # Not by token: a generator may be closed in another context than the one it ran in.
         watchdog = self._watchdog
+        self._run.finish(self._work)
         watchdog.node.set(self._outer)
         if self._is_lending:
             watchdog.lent.set(self._outer_lent)

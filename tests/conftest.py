@@ -25,6 +25,8 @@ os.environ.update(
     LITELLM_LOCAL_MODEL_COST_MAP="True",
     # It keeps what tasks gave in a database of the user's, which versions write differently.
     CREWAI_STORAGE_DIR=tempfile.mkdtemp(prefix="crewai-"),
+    # Where heartbeats wait while nobody takes them.
+    XDG_STATE_HOME=tempfile.mkdtemp(prefix="state-"),
 )
 
 import pytest
@@ -33,7 +35,8 @@ import clevagent
 from clevagent.testing import FakeClock
 from clevagent_core import default
 
-atexit.register(shutil.rmtree, os.environ["CREWAI_STORAGE_DIR"], ignore_errors=True)
+for _folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME"):
+    atexit.register(shutil.rmtree, os.environ[_folder], ignore_errors=True)
 
 HAS_CREWAI = importlib.util.find_spec("crewai") is not None
 """CrewAI is in an environment of its own."""

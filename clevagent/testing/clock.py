@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -14,6 +15,7 @@ from clevagent_core.errors import UsageError
 _START = datetime(2026, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
+_NEVER_NS = 1 << 80
 
 _POLL_S = 0.001
 """How often a blocked thread looks whether the clock was moved: an event can be waited for together with nothing else."""
@@ -36,6 +38,23 @@ class _Sleeper:
     def _expire(self) -> None:
         if not self.is_over:
             self.limit.reschedule(self.loop.time())
+
+
+class _FakeTimer:
+    """Something that is done whenever the clock is moved past its time."""
+
+    def __init__(self, clock: FakeClock, work: Callable[[], float | None], due_ns: int) -> None:
+        self._clock = clock
+        self.work: Callable[[], float | None] | None = work
+        self.due_ns = due_ns
+
+    def wake(self, within_s: float = 0) -> None:
+        """See :meth:`clevagent_core.clock.Timer.wake`: with 0, when the clock is moved next, even by nothing."""
+        self.due_ns = min(self.due_ns, self._clock._monotonic_ns + round(within_s * _NANO))  # noqa: SLF001 - the same module
+
+    def stop(self) -> None:
+        """See :meth:`clevagent_core.clock.Timer.stop`."""
+        self.work = None
 
 
 class FakeClock:
@@ -62,6 +81,7 @@ class FakeClock:
         self._auto_advance = auto_advance
         self._blocked = 0
         self._sleepers: list[_Sleeper] = []
+        self._timers: list[_FakeTimer] = []
 
     def monotonic(self) -> float:
         """Seconds that :meth:`advance` has added since the clock was made."""
@@ -74,6 +94,8 @@ class FakeClock:
     def advance(self, seconds: float) -> None:
         """Let time pass: both times grow by ``seconds``, and every wait whose deadline is reached ends.
 
+        What is to be repeated (:meth:`repeat`) is done on the way, on this thread, each at its own time.
+
         Raises:
             UsageError: ``seconds`` is negative or not finite.
 
@@ -83,7 +105,27 @@ class FakeClock:
                 f"advance({seconds!r}) would not move time forward: monotonic time only grows, by a finite number of "
                 "seconds. Give a number of at least 0; to change only the wall time, also backwards, use set()."
             )
-        self._pass(round(seconds * _NANO))
+        end_ns = self._monotonic_ns + round(seconds * _NANO)
+        while (timer := self._next_timer(end_ns)) is not None:
+            self._pass(max(0, timer.due_ns - self._monotonic_ns))
+            work, timer.due_ns = timer.work, _NEVER_NS
+            delay = work() if work is not None else None
+            if delay is not None:
+                timer.wake(delay)
+        self._pass(max(0, end_ns - self._monotonic_ns))
+
+    def repeat(self, work: Callable[[], float | None], first_s: float) -> _FakeTimer:
+        """See :meth:`clevagent_core.clock.Clock.repeat`: it is done by :meth:`advance`, on the thread that calls it."""
+        timer = _FakeTimer(self, work, self._monotonic_ns + round(first_s * _NANO))
+        with self._changed:
+            self._timers.append(timer)
+        return timer
+
+    def _next_timer(self, end_ns: int) -> _FakeTimer | None:
+        with self._changed:
+            self._timers = [timer for timer in self._timers if timer.work is not None]
+            due = [timer for timer in self._timers if timer.due_ns <= end_ns]
+        return min(due, key=lambda timer: timer.due_ns, default=None)
 
     def set(self, wall: datetime) -> None:
         """Jump to another wall time, as when a machine's clock is corrected. Monotonic time and waits stay as they are.

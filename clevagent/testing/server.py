@@ -30,6 +30,8 @@ class HttpRequest(NamedTuple):
     path: str
     body: bytes
     keep_alive: bool
+    headers: Mapping[str, str] = {}
+    """With names in lower case."""
 
 
 class HttpResponse(NamedTuple):
@@ -199,4 +201,4 @@ def _read(connection: socket.socket, buffer: bytearray) -> HttpRequest | None:
     body = bytes(buffer[end + 4 : body_end])
     del buffer[:body_end]
     keep_alive = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-    return HttpRequest(method, target.partition("?")[0], body, keep_alive)
+    return HttpRequest(method, target.partition("?")[0], body, keep_alive, headers)

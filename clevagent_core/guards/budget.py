@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clevagent_core.accounts import Cover, action_of, amounts_of, cover, tell_notices
+from clevagent_core.accounts import Cover, Deadline, action_of, amounts_of, cover, tell_notices
 from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
 from clevagent_core.calls import Call, LLMCall, Usage
 from clevagent_core.errors import UsageError
-from clevagent_core.guards.messages import refusal_incident
+from clevagent_core.guards.messages import deadline_incident, near_deadline_incident, refusal_incident
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import Hold, Line, Refusal, StaleAccount
 from clevagent_core.pricing import Rates, unknown_price_message
@@ -82,6 +82,10 @@ class BudgetGuard:
         call = ticket.call
         while True:
             found = self._cover(run, call, extra)
+            if found.deadlines:
+                late = self._late(run, call, found.deadlines)
+                if late is not None:
+                    return late
             if not found.lines:
                 return None
             try:
@@ -100,11 +104,52 @@ class BudgetGuard:
             if not found_room:
                 return stop
 
+    def _late(self, run: Run, call: Call, deadlines: Sequence[Deadline]) -> Stop | None:
+        """Refuse a call that comes after its deadline; warn, once, of one that is close."""
+        now = run.watchdog.clock.monotonic()
+        for deadline in deadlines:
+            budget, anchor = deadline.budget, deadline.run
+            told = anchor.state.setdefault((BudgetGuard, "deadlines"), set())
+            seconds = budget.seconds or 0.0
+            if now < deadline.at:
+                if now >= deadline.at - seconds * (1 - budget.warn_at) and (budget.label, "close") not in told:
+                    told.add((budget.label, "close"))
+                    run.watchdog.tell(near_deadline_incident(run, deadline))
+                continue
+            if (budget.label, "let go") in told:
+                continue
+            incident = deadline_incident(run, deadline, call)
+            action = action_of(run, budget)
+            is_let_go = run.dry_run or action == "warn"
+            if (budget.label, "passed") not in told:
+                told.add((budget.label, "passed"))
+                shown = "dry_run" if run.dry_run else "warn" if is_let_go else incident.action
+                run.watchdog.tell(replace(incident, action=shown))
+                if callable(action) and not is_let_go:
+                    is_let_go = self._ask(action, incident) == "warn"
+            if is_let_go:
+                told.add((budget.label, "let go"))
+                continue
+            return Stop(incident=incident)
+        return None
+
+    def _ask(self, action: Callable[[Incident], object], incident: Incident) -> object:
+        if self._asking.get():
+            return None
+        token = self._asking.set(True)
+        try:
+            return action(incident)
+        except Exception:
+            logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", incident.budget)
+            return None
+        finally:
+            self._asking.reset(token)
+
     def _cover(self, run: Run, call: Call, extra: Sequence[Budget]) -> Cover:
         key = (call.model if isinstance(call, LLMCall) else None, call.tool, call.node, call.thread_id, id(extra) if extra else 0)
         memo = run.memo
         found: Cover | None = memo.get(key)
-        if found is None or run.watchdog.clock.wall() >= found.valid_until:
+        if found is None or run.watchdog.clock.wall() >= found.valid_until or found.remote is not run.watchdog.control.budgets:
             if len(memo) >= _COVERS:
                 memo.clear()
             found = memo[key] = cover(run, call, extra)

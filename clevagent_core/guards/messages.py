@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from clevagent_core.accounts import action_of
+from clevagent_core.accounts import Deadline, action_of
 from clevagent_core.budgets import GRACEFUL, UNITS, USD, Budget
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.clock import utc
@@ -84,6 +84,59 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
         "print(run) tells where the money went."
     )
     return _incident(run, "budget", message, _graceful(run, budget), balance, refusal.needed)
+
+
+def deadline_incident(run: Run, deadline: Deadline, call: Call | None) -> Incident:
+    """Say that a run is past its deadline."""
+    budget, watchdog = deadline.budget, run.watchdog
+    seconds = budget.seconds or 0.0
+    elapsed = watchdog.clock.monotonic() - deadline.run.started_monotonic
+    if call is None:
+        what = "It has not come to its end, and the next call that it makes is refused"
+    else:
+        whose = f"model call to {call.model!r}" if isinstance(call, LLMCall) else f"call of the tool {call.tool!r}"
+        what = f"A {whose} was refused before it was sent, and so is every later one of this run"
+    return Incident(
+        kind="budget",
+        message=(
+            f"The deadline of the budget {budget.label!r} has passed: its run began {elapsed:,.1f} s ago, and {seconds:,g} s were given. {what}. "
+            "Begin another run (with clevagent.run()), or give more time with a larger seconds=."
+        ),
+        agent=watchdog.settings.agent,
+        run_id=run.run_id,
+        at=watchdog.clock.wall(),
+        action=_graceful(run, budget),
+        budget=budget.label,
+        key=deadline.run.run_id,
+        unit="seconds",
+        spent=round(elapsed, 3),
+        held=0.0,
+        needed=0.0,
+        ceiling=float(seconds),
+    )
+
+
+def near_deadline_incident(run: Run, deadline: Deadline) -> Incident:
+    """Say that little time is left."""
+    incident = deadline_incident(run, deadline, None)
+    left = (incident.ceiling or 0) - (incident.spent or 0)
+    message = f"The deadline of the budget {deadline.budget.label!r} is close: {left:,.1f} s are left of {incident.ceiling:,g} s. After it, calls are refused."
+    return replace(incident, kind="budget_warning", message=message, action="warn", needed=None)
+
+
+def learning_incident(run: Run, budget: Budget) -> Incident:
+    """Say that a ceiling by the baseline does not hold yet."""
+    return Incident(
+        kind="baseline",
+        message=(
+            f"The budget {budget.label!r} sets no ceiling yet: what a run of {run.watchdog.settings.agent!r} usually costs is known from the tenth "
+            "on. Give it a second budget in US dollars until then; a ledger in a file remembers runs. (Told once.)"
+        ),
+        agent=run.watchdog.settings.agent,
+        run_id=run.run_id,
+        at=run.watchdog.clock.wall(),
+        budget=budget.label,
+    )
 
 
 def exhausted_incident(run: Run, node: str, balance: Balance, budget: Budget) -> Incident:

@@ -342,6 +342,14 @@ class Ledger(Protocol):
         """Read an account."""
         ...
 
+    def remember(self, series: str, value: int, wall: float) -> None:
+        """Keep a sample of what the agent does; the latest hundred of each series are kept."""
+        ...
+
+    def samples(self, series: str) -> list[int]:
+        """Give the samples of a series, oldest first."""
+        ...
+
     def forget(self, accounts: Sequence[Account]) -> None:
         """Take out accounts that only their own run still names; that run can go on using them."""
         ...

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
+from clevagent_core.baselines import KEPT
 from clevagent_core.budgets import Amounts
 from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
@@ -43,6 +45,7 @@ class MemoryLedger:
         self._accounts: dict[AccountKey, Account] = {}
         self._holds: dict[Hold, None] = {}
         self._evict_at = _EVICT_FROM
+        self._samples: dict[str, deque[int]] = {}
         _ledgers.add(self)
 
     def open(
@@ -145,6 +148,16 @@ class MemoryLedger:
         """See :meth:`Ledger.balance`."""
         with self._lock:
             return balance_of(account)
+
+    def remember(self, series: str, value: int, wall: float) -> None:  # noqa: ARG002 - a file wants to know when
+        """See :meth:`Ledger.remember`."""
+        with self._lock:
+            self._samples.setdefault(series, deque(maxlen=KEPT)).append(value)
+
+    def samples(self, series: str) -> list[int]:
+        """See :meth:`Ledger.samples`."""
+        with self._lock:
+            return list(self._samples.get(series, ()))
 
     def forget(self, accounts: Sequence[Account]) -> None:
         """See :meth:`Ledger.forget`."""

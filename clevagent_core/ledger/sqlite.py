@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+from clevagent_core.baselines import KEPT
 from clevagent_core.budgets import UNITS, USD, Amounts
 from clevagent_core.clock import Clock
 from clevagent_core.errors import LedgerError, UsageError
@@ -45,11 +46,14 @@ from clevagent_core.ledger.statements import (
     CHANGE_CEILING,
     EVICT,
     FIND,
+    FORGET_SAMPLES,
     INSERT_ACCOUNT,
     INSERT_HOLD,
     INSERT_OWNER,
     MIGRATIONS,
     MOST,
+    REMEMBER,
+    SAMPLES,
     TOP_UP,
     reserve_sql,
     select_sql,
@@ -292,6 +296,16 @@ class SqliteLedger:
         with self._database.lock:
             self._load(self._database.read, [account])
             return balance_of(account)
+
+    def remember(self, series: str, value: int, wall: float) -> None:
+        """See :meth:`Ledger.remember`."""
+        with self._database.transaction() as execute:
+            execute(REMEMBER, (self._agent, series, wall, min(value, MOST)))
+            execute(FORGET_SAMPLES, (self._agent, series, KEPT))
+
+    def samples(self, series: str) -> list[int]:
+        """See :meth:`Ledger.samples`."""
+        return [value for (value,) in self._database.read(SAMPLES, (self._agent, series, KEPT))][::-1]
 
     def forget(self, accounts: Sequence[Account]) -> None:
         """See :meth:`Ledger.forget`. They stay in the file for an hour.

@@ -26,6 +26,12 @@ MIGRATIONS = (
     );
     CREATE INDEX hold_owner ON hold (owner)
     """,
+    """
+    CREATE TABLE sample (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, agent TEXT NOT NULL, series TEXT NOT NULL, at REAL NOT NULL, value INTEGER NOT NULL
+    );
+    CREATE INDEX sample_series ON sample (agent, series, id)
+    """,
 )
 """Numbered from 1; one that was published is never changed. Amounts are in the account's unit: pico-USD, tokens or calls. ``ends_at``
 is set where the calendar ends the window; ``over_at`` once the run is over that was the window; ``owner`` while that run is one
@@ -43,6 +49,12 @@ INSERT_ACCOUNT = (
 )
 INSERT_OWNER = "INSERT INTO owner (pid, agent, started_at) VALUES (?, ?, ?)"
 INSERT_HOLD = "INSERT INTO hold VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+REMEMBER = "INSERT INTO sample (agent, series, at, value) VALUES (?, ?, ?, ?)"
+SAMPLES = "SELECT value FROM sample WHERE agent = ? AND series = ? ORDER BY id DESC LIMIT ?"
+FORGET_SAMPLES = (
+    "DELETE FROM sample WHERE agent = ?1 AND series = ?2 AND id <= "
+    "(SELECT id FROM sample WHERE agent = ?1 AND series = ?2 ORDER BY id DESC LIMIT 1 OFFSET ?3)"
+)
 TOP_UP = "UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?"
 # What was topped up stays on top; a ceiling that was raised opens the latch as a top-up does.
 CHANGE_CEILING = (

@@ -26,6 +26,7 @@ from clevagent_core.providers.covering import give_back, take
 from clevagent_core.providers.failures import may_be_billed
 from clevagent_core.providers.metering import Meter, tap
 from clevagent_core.providers.outcomes import fail
+from clevagent_core.providers.requests import seconds_of
 from clevagent_core.providers.retries import arepeat, repeat
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
@@ -116,6 +117,7 @@ class _Sending:
         self.run: Run = watchdog.current_run()
         self.call = plan.call
         self.call.node, self.call.tool = watchdog.node.get(), watchdog.tool.get()
+        self.call.timeout_s = seconds_of(options.timeout, client.timeout)
         if not plan.is_priced and watchdog.settings.unknown_price == "allow":
             self.call.opaque = False
         self.retries = _retries(client, options)

@@ -51,6 +51,7 @@ class Meter:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take a piece of the body; give what the reader of the body may see of it now."""
+        self._ticket.touch()
         if self._has_ended and not self._hides_usage:
             return chunk
         kept = self._kept

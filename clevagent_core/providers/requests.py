@@ -219,3 +219,12 @@ def _closed(schema: object, root: Mapping[str, Any]) -> object:
     if isinstance(schema.get("properties"), dict):
         closed |= {"additionalProperties": False, "required": list(schema["properties"])}
     return closed
+
+
+def seconds_of(*timeouts: object) -> float | None:
+    """Give how long an answer is waited for, by the first of ``timeouts`` that says something: seconds, or an httpx ``Timeout``."""
+    for timeout in timeouts:
+        seconds = getattr(timeout, "read", timeout)
+        if isinstance(seconds, (int, float)) and not isinstance(seconds, bool):
+            return float(seconds)
+    return None

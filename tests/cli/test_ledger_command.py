@@ -212,7 +212,7 @@ daily                             2999-01-01     $0.31  $0.12      $50.00  open
   all
 run                               -              $0.30  $0.00       $0.40  over
   0785ee10d5da46d900f436a0000000
-02
+04
 tenants                           2999-01-01T00  $0.30  $0.00       $0.50  open
   tenant=acme
 tenants                           2999-01-01T00      1      0          10  open

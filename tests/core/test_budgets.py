@@ -29,7 +29,7 @@ def mistake(**fields):
 
 def test_a_budget_without_a_limit():
     assert mistake(per="day") == snapshot(
-        "Budget() has no limit, so it would never stop anything. Give at least one of usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls, for example Budget(usd=0.50)."
+        "Budget() has no limit, so it would never stop anything. Give at least one of usd, tokens, input_tokens, output_tokens, llm_calls, tool_calls, seconds, baseline_multiple, for example Budget(usd=0.50)."
     )
 
 

@@ -62,6 +62,8 @@ def test_the_tree_of_errors():
         "BudgetExceeded": ["Stopped"],
         "BudgetBusy": ["BudgetExceeded"],
         "LoopDetected": ["Stopped"],
+        "RemoteStop": ["Stopped"],
+        "DeliveryError": ["ClevAgentError"],
         "LedgerError": ["ClevAgentError"],
         "UsageError": ["ClevAgentError"],
         "PluginError": ["ClevAgentError"],

@@ -856,6 +856,22 @@ def test_every_hook_says_when_it_fires(hook):
     assert re.search(r"[Ff]ires|[Aa]sked|[Cc]heck|Hold|Give|Bound|Open|Wrap", text), f"{hook} has no docstring that tells its use"
 
 
+def test_a_beat_is_told_with_what_was_used(make, clock, spend):
+    told = []
+
+    class Listener:
+        @hookimpl
+        def clevagent_beat(self, beat):
+            told.append((beat.seq, beat.amounts.llm_calls, beat.totals.llm_calls))
+
+    watchdog = make(plugins=[Listener()], interval=30)
+    spend(watchdog.process_run)
+    clock.advance(30)
+    spend(watchdog.process_run)
+    clock.advance(30)
+    assert told == [(1, 1, 1), (2, 1, 2)]
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_has_a_test_that_names_it(hook):
     assert re.search(rf"def {hook}\(", Path(__file__).read_text(encoding="utf-8"))

@@ -66,11 +66,13 @@ def test_a_program_of_the_hosted_service_runs_as_it_is(init, heard):
     )
 
 
-def test_that_no_heartbeat_is_sent_yet_is_told(init, caplog):
+def test_a_key_without_an_endpoint_sends_nothing_and_that_is_told(init, caplog):
     with caplog.at_level(logging.WARNING, logger="clevagent"):
-        init(**SERVICE, auto_cost=False)
+        init(api_key="cv_secret", auto_cost=False)
     assert [record.message for record in caplog.records] == snapshot(
-        ["ClevAgent takes api_key, endpoint and interval, and sends no heartbeats yet: what it guards, it guards in this process."]
+        [
+            "ClevAgent was given an api_key and no endpoint, so no heartbeat is sent: what it guards, it guards in this process. Name the monitor: clevagent.init(endpoint='https://...')."
+        ]
     )
 
 

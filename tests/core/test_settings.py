@@ -108,7 +108,7 @@ def test_a_wrong_budget_in_the_environment_names_the_variable(text):
 
 def test_messages_for_wrong_budgets_in_the_environment():
     assert message_of(budgets, "usd=5 colour=red") == snapshot(
-        "The environment variable CLEVAGENT_BUDGETS='usd=5 colour=red' cannot be used: it has 'colour=red', which is not one of by, input_tokens, keep_usd, llm_calls, model, name, node, on_exceed, output_tokens, per, tokens, tool, tool_calls, usd, warn_at followed by = and a value. Correct it, or unset it."
+        "The environment variable CLEVAGENT_BUDGETS='usd=5 colour=red' cannot be used: it has 'colour=red', which is not one of baseline_multiple, by, input_tokens, keep_usd, llm_calls, model, name, node, on_exceed, output_tokens, per, seconds, tokens, tool, tool_calls, usd, warn_at followed by = and a value. Correct it, or unset it."
     )
     assert message_of(budgets, "usd=5 per=week") == snapshot(
         "The environment variable CLEVAGENT_BUDGETS='usd=5 per=week' cannot be used: Budget(per='week') names no window that exists, so it could not be told when to start from zero. Use one of 'run', 'thread', 'hour', 'day', 'month', 'lifetime'."
@@ -120,13 +120,13 @@ def test_messages_for_wrong_budgets_in_the_environment():
 
 def test_an_unknown_argument_names_the_nearest():
     assert message_of(resolve, budget=[Budget(usd=1)]) == snapshot(
-        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, api_key, assume_output_tokens, attach, auto_cost, block, budgets, dry_run, endpoint, estimate, flush_s, hold_s, interval, ledger, on_cost_exceeded, on_loop, plugins, prices, unknown_price, wait_s."
+        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, api_key, assume_output_tokens, attach, auto_cost, block, budgets, capture, dry_run, endpoint, estimate, flush_s, hold_s, interval, ledger, on_cost_exceeded, on_loop, on_stall, plugins, prices, spool, stall_after, unknown_price, wait_s."
     )
 
 
 def test_an_unknown_variable_names_the_nearest():
     assert message_of(resolve, {"CLEVAGENT_DRYRUN": "1"}) == snapshot(
-        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_API_KEY, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_AUTO_ATTACH, CLEVAGENT_AUTO_COST, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_DRY_RUN, CLEVAGENT_ENDPOINT, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_INTERVAL, CLEVAGENT_LEDGER, CLEVAGENT_ON_COST_EXCEEDED, CLEVAGENT_ON_LOOP, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
+        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_API_KEY, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_AUTO_ATTACH, CLEVAGENT_AUTO_COST, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_CAPTURE, CLEVAGENT_DRY_RUN, CLEVAGENT_ENDPOINT, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_INTERVAL, CLEVAGENT_LEDGER, CLEVAGENT_ON_COST_EXCEEDED, CLEVAGENT_ON_LOOP, CLEVAGENT_ON_STALL, CLEVAGENT_SPOOL, CLEVAGENT_STALL_AFTER, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
     )
 
 
@@ -182,7 +182,7 @@ def test_messages_for_wrong_values():
         "dry_run='false' is neither True nor False; taken as true, it would stop nothing. Write dry_run=True or dry_run=False."
     )
     assert message_of(resolve, budgets=Budget(usd=1)) == snapshot(
-        "budgets=Budget(usd=1, tokens=None, input_tokens=None, output_tokens=None, llm_calls=None, tool_calls=None, per='run', node=None, tool=None, model=None, by=None, on_exceed='raise', warn_at=0.8, keep_usd=0, name='$1 per run') is not a list. Write budgets=[...] with Budget items."
+        "budgets=Budget(usd=1, tokens=None, input_tokens=None, output_tokens=None, llm_calls=None, tool_calls=None, seconds=None, baseline_multiple=None, per='run', node=None, tool=None, model=None, by=None, on_exceed='raise', warn_at=0.8, keep_usd=0, name='$1 per run') is not a list. Write budgets=[...] with Budget items."
     )
     assert message_of(resolve, prices={"m": (1, 2)}) == snapshot(
         "prices={'m': (1, 2)} is no Price, so its calls could not be priced. Write prices={'m': clevagent.Price(input=2.50, output=10)} (US dollars per million tokens)."

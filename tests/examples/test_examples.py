@@ -48,6 +48,21 @@ def test_every_example_is_in_the_readme():
     assert [name for name in EXAMPLES if f"examples/{name}.py" not in readme] == []
 
 
+def test_heartbeat_loops(play):
+    assert play("heartbeat_loops") == snapshot("""\
+collector: 3 steps, 0 tokens, $0.0000, ended by a shutdown
+writer: 3 steps, 3600 tokens, $0.0108, ended by a shutdown
+listener: 3 steps, 0 tokens, $0.0000, ended by a shutdown
+""")
+
+
+def test_zombie(play):
+    assert play("zombie") == snapshot("""\
+stall: nothing has moved in 'fetch'; stuck in fetch()
+health check: ok
+""")
+
+
 def test_react_agent(play):
     assert play("react_agent") == snapshot("""\
 The agent says: The documents that I searched say nothing about shipments from Lyon.

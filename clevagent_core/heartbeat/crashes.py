@@ -1,0 +1,126 @@
+"""Exceptions that nobody catches: of the main thread, of other threads, and of asyncio tasks that nobody awaits.
+
+What Python does about them stays as it is, and is done whatever becomes of ours: the hooks that were there before are always called.
+For tasks a *filter* on asyncio's logger looks at what is logged and lets all of it pass; a handler there would take away the handler
+of last resort, which writes to stderr in programs without logging of their own. Event loops of any make log there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger("clevagent")
+
+Tell = Callable[[str, BaseException], None]
+_HEARD = "_clevagent_heard"
+"""Where an exception says who was told of it: an exception cannot be held weakly, and another may later have its ``id``."""
+_NO_CRASH = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+class Crashes:
+    """Tells of each uncaught exception, once. Several can be installed, and uninstalled in any order."""
+
+    def __init__(self, tell: Tell) -> None:
+        """Tell by ``tell(where, error)``, a bound method, which is held weakly."""
+        self._tell = weakref.WeakMethod(tell)
+
+    def install(self) -> None:
+        """Begin to listen. Safe to call twice."""
+        with _lock:
+            _listeners.add(self)
+            _put_hooks()
+
+    def uninstall(self) -> None:
+        """Listen no more; the last one takes the hooks off, unless somebody has put his own above them. Safe to call twice."""
+        with _lock:
+            _listeners.discard(self)
+            if not _listeners:
+                _take_hooks()
+
+    def hear(self, where: str, error: BaseException) -> None:
+        """Tell of an exception, unless it was told before: a task's may come up to the main thread, too. Never raises."""
+        tell = self._tell()
+        if tell is None or isinstance(error, _NO_CRASH):
+            return
+        try:
+            heard = vars(error).setdefault(_HEARD, [])
+            if self in heard:
+                return
+            heard.append(self)
+            tell(where, error)
+        except Exception:  # whose code: ours; the user's traceback is still to be written
+            logger.exception("An exception that nobody caught could not be told.")
+
+
+_listeners: weakref.WeakSet[Crashes] = weakref.WeakSet()
+
+
+def _hear(where: str, error: BaseException | None) -> None:
+    if error is not None:
+        for listener in list(_listeners):
+            listener.hear(where, error)
+
+
+class _MainHook:
+    """Stands where ``sys.excepthook`` stood, and calls what was there."""
+
+    def __init__(self) -> None:
+        self.before = sys.excepthook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        try:
+            _hear("main thread", error)
+        finally:
+            self.before(kind, error, traceback)
+
+
+class _ThreadHook:
+    """Stands where ``threading.excepthook`` stood, and calls what was there."""
+
+    def __init__(self) -> None:
+        self.before = threading.excepthook
+
+    def __call__(self, arguments: Any, /) -> None:
+        try:
+            name = arguments.thread.name if arguments.thread is not None else "unknown"
+            _hear(f"thread {name!r}", arguments.exc_value)
+        finally:
+            self.before(arguments)
+
+
+class _TaskFilter(logging.Filter):
+    """Looks at what asyncio logs of tasks whose exception nobody retrieved, and lets everything pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None and "exception was never retrieved" in record.getMessage():
+            _hear("asyncio task", record.exc_info[1])
+        return True
+
+
+_task_filter = _TaskFilter()
+_lock = threading.RLock()
+
+
+def _put_hooks() -> None:
+    # Above whatever was put there since: it may or may not call ours, and what is told twice is told once.
+    if not isinstance(sys.excepthook, _MainHook):
+        sys.excepthook = _MainHook()
+    if not isinstance(threading.excepthook, _ThreadHook):
+        threading.excepthook = _ThreadHook()
+    tasks = logging.getLogger("asyncio")
+    if _task_filter not in tasks.filters:
+        tasks.addFilter(_task_filter)
+
+
+def _take_hooks() -> None:
+    if isinstance(sys.excepthook, _MainHook):
+        sys.excepthook = sys.excepthook.before
+    if isinstance(threading.excepthook, _ThreadHook):
+        threading.excepthook = threading.excepthook.before
+    logging.getLogger("asyncio").removeFilter(_task_filter)
