@@ -16,7 +16,8 @@ class Incident:
     kind: str
     """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``overshoot``, ``assumption``, ``loop``, ``guard`` (a guard
     of ours or of a plugin failed), ``ledger`` (it cannot be used), ``usage`` (a provider's report cannot be true), ``thread``
-    (nobody can tell whose a call is), or a plugin's own word."""
+    (nobody can tell whose a call is), ``stall``, ``spike``, ``crash`` (an exception that nobody caught), ``remote`` and ``paused`` (asked for
+    from outside), or a plugin's own word."""
     message: str
     """What happened, what it means and what to do, in sentences."""
     agent: str = ""

@@ -16,6 +16,7 @@ from clevagent_crewai import models
 from clevagent_crewai.crews import AGENT_ENTRIES, CREW_ENTRIES, FLOW_ENTRIES, entry
 from clevagent_crewai.gates import attached
 from clevagent_crewai.progress import unwatch_tasks, watch_tasks
+from clevagent_crewai.tasks import unwatch_work, watch_work
 from clevagent_crewai.tools import unwatch_tools, watch_tools
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def attach(watchdog: Watchdog) -> None:
         models.install(for_good=False)
         watch_tools()
         watch_tasks()
+        watch_work()
         for cls, names in _ENTRIES:
             for name in names:
                 method = getattr(cls, name, None)
@@ -61,6 +63,7 @@ def detach(watchdog: Watchdog) -> None:
         if not models.is_installed():
             unwatch_tools()
             unwatch_tasks()
+            unwatch_work()
 
 
 def _patch(cls: type[Any], name: str, method: Any) -> None:

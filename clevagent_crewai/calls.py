@@ -47,6 +47,7 @@ class Call:
         "_outer",
         "_used",
         "dialect",
+        "failed",
         "fields",
         "gates",
         "model",
@@ -66,6 +67,8 @@ class Call:
         self._has_delegated = False
         self._before: list[Ticket | None] = []
         self._outer: Call | None = None
+        self.failed: Exception | None = None
+        """What the last attempt ended with, where a model of the user's own made it and may make another."""
 
     # -- asking
 
@@ -153,6 +156,13 @@ class Call:
             for ticket in self.tickets:
                 ticket.release()
 
+    def hand_over(self) -> None:
+        """The request is sent past the model, and asked for by itself."""
+        if not self._has_delegated and not self._used:
+            self._has_delegated = True
+            for ticket in self.tickets:
+                ticket.release()
+
     def note(self, raw: Mapping[str, Any] | None) -> None:
         """Take what the model says it has used."""
         try:
@@ -169,6 +179,24 @@ class Call:
                 ticket.run.log(ticket.call, usage, ticket.rates.cost(usage) if ticket.rates is not None else None)
             return
         self._used.append(usage)
+
+    def begin_again(self) -> None:
+        """A model of the user's own, derived from CrewAI's, tries again what has failed: that is a request of its own.
+
+        Raises:
+            Stopped: there is no room for it.
+
+        """
+        if self.failed is None:
+            return
+        self.fail(self.failed)
+        self.tickets, self._used = [], []
+        self._asks = again(self._asks)
+        # On an event loop this does not wait.
+        self.open()
+        self.failed = None
+        for ticket in self.tickets:
+            cover(ticket)
 
     def sends(self) -> None:
         """A client was asked for, which each request does once: what comes after an answer is a request of its own.
@@ -330,7 +358,7 @@ def _client(name: str) -> Callable[..., Any]:
     def method(self: Any) -> Any:
         call = self._clevagent_call
         call.sends()
-        return _quiet(_base_method(self, name)(self))
+        return quiet(_base_method(self, name)(self))
 
     return method
 
@@ -360,10 +388,16 @@ def _before_a_tool(name: str) -> Callable[..., Any]:
     return method
 
 
+def call_of(view: Any) -> Call:
+    """Give the call that a view of a model was made for."""
+    call: Call = view._clevagent_call  # noqa: SLF001 - where view_of has put it
+    return call
+
+
 _quieted: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _quiet(client: Any) -> Any:
+def quiet(client: Any) -> Any:
     """Give an SDK's client that sends a request once; it shares its connections with the one that was given."""
     if not getattr(client, "max_retries", 0) or not hasattr(client, "with_options"):
         return client

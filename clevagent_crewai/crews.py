@@ -41,7 +41,7 @@ _GUARD = "_clevagent_guard"
 
 CREW_ENTRIES = ("kickoff", "akickoff", "kickoff_for_each", "kickoff_for_each_async", "akickoff_for_each", "replay", "train", "test")
 AGENT_ENTRIES = ("kickoff", "kickoff_async", "akickoff", "execute_task", "aexecute_task")
-FLOW_ENTRIES = ("kickoff", "kickoff_async", "akickoff")
+FLOW_ENTRIES = ("kickoff", "kickoff_async", "akickoff", "resume", "resume_async")
 
 
 class Guard(NamedTuple):
@@ -99,6 +99,9 @@ def prepare() -> None:
     models.install(for_good=True)
     watch_tools()
     watch_tasks()
+    from clevagent_crewai.tasks import watch_work  # noqa: PLC0415 - which needs this module
+
+    watch_work()
 
 
 def _with_earlier(obj: object, guard: Guard) -> Guard:
@@ -212,6 +215,21 @@ class _Kickoff:
 
 
 @contextmanager
+def around_agent(agent: Any) -> Iterator[None]:
+    """Let the budgets of a guarded agent cover what is done here for it."""
+    guard = _guard_of(agent) if isinstance(agent, BaseAgent) else None
+    if guard is None or is_inside(agent):
+        yield
+        return
+    with _Kickoff(agent, guard, is_single=False) as kickoff:
+        try:
+            yield
+        except Exception as error:  # whose code: CrewAI's and the user's; raised again, as the refusal behind it where there is one
+            kickoff.failed(error)
+            raise
+
+
+@contextmanager
 def _entered(work: Work) -> Iterator[None]:
     with work:
         yield
@@ -220,7 +238,10 @@ def _entered(work: Work) -> Iterator[None]:
 def _models_of(obj: Any) -> list[Any]:
     agents = [*getattr(obj, "agents", ()), getattr(obj, "manager_agent", None), obj]
     values = [
-        getattr(agent, name, None) for agent in agents for name in ("llm", "function_calling_llm", "manager_llm", "planning_llm")
+        # Not by getattr: one of them is deprecated, and says so whenever it is read.
+        (getattr(agent, "__dict__", None) or {}).get(name)
+        for agent in agents
+        for name in ("llm", "function_calling_llm", "manager_llm", "planning_llm")
     ]
     return models.models_of(*values)
 

@@ -21,6 +21,8 @@ attached: list[Watchdog] = []
 """Whom every call of the process is asked of."""
 working: ContextVar[str | None] = ContextVar("clevagent_crewai_role", default=None)
 """The role of the agent that has called a model last in this context."""
+doing: ContextVar[tuple[str | None, str | None]] = ContextVar("clevagent_crewai_doing", default=(None, None))
+"""The role of the agent, and the name of the task, that go on in this context: whose the calls are that do not say so."""
 
 GUARD = "_clevagent_guard"
 """Where a guarded model keeps its guard, beside its private attributes."""

@@ -28,9 +28,10 @@ from clevagent_core.providers.failures import is_transient
 from clevagent_core.providers.retries import arepeat, repeat
 from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.caches import cache
-from clevagent_crewai.calls import Call, again, plain_class, root_of, subclass, view_of
+from clevagent_crewai.calls import Call, again, call_of, plain_class, root_of, subclass, view_of
 from clevagent_crewai.dialects import Dialect, describe, dialect_of
-from clevagent_crewai.gates import GUARD, Gate, ModelGuard, attached, gates_of, guard_of, name_of, task_name_of, working
+from clevagent_crewai.gates import GUARD, Gate, ModelGuard, attached, doing, gates_of, guard_of, name_of, task_name_of, working
+from clevagent_crewai.instructors import unwatch_instructors, watch_instructors
 from clevagent_crewai.scopes import open_scopes, put_back
 from clevagent_crewai.usage import answer_of
 from clevagent_crewai.works import works
@@ -58,6 +59,8 @@ def _begin(model: BaseLLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def _describe(model: BaseLLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Gate], LLMCall, Dialect] | None:
     agent, task = _argument(args, kwargs, 5, "from_agent"), _argument(args, kwargs, 4, "from_task")
     role, task_name = name_of(agent, "role"), task_name_of(task)
+    around = doing.get()
+    role, task_name = role or around[0], task_name or around[1]
     working.set(role)
     gates = gates_of(role, task_name, model)
     if not gates:
@@ -84,7 +87,14 @@ def _guarding_call(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: BaseLLM, *args: Any, **kwargs: Any) -> Any:
         if "_clevagent_call" in type(self).__dict__:
-            return original(self, *args, **kwargs)  # a view: this call was asked for
+            # A view: this call was asked for, once.
+            this = call_of(self)
+            this.begin_again()
+            try:
+                return original(self, *args, **kwargs)
+            except Exception as error:  # whose code: CrewAI's, the SDK's
+                this.failed = error
+                raise
         begun = _begin(self, args, kwargs)
         if begun is None:
             return original(self, *args, **kwargs)
@@ -131,7 +141,14 @@ def _guarding_acall(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
     @functools.wraps(original)
     async def acall(self: BaseLLM, *args: Any, **kwargs: Any) -> Any:
         if "_clevagent_call" in type(self).__dict__:
-            return await original(self, *args, **kwargs)  # a view: this call was asked for
+            # A view: this call was asked for, once.
+            this = call_of(self)
+            this.begin_again()
+            try:
+                return await original(self, *args, **kwargs)
+            except Exception as error:  # whose code: CrewAI's, the SDK's
+                this.failed = error
+                raise
         begun = _begin(self, args, kwargs)
         if begun is None:
             return await original(self, *args, **kwargs)
@@ -219,6 +236,7 @@ def install(*, for_good: bool) -> None:
         _is_installed = True
         for cls in _classes(cast("Any", BaseLLM)):
             _wrap(cls)
+        watch_instructors()
         _hear_of_subclasses()
 
 
@@ -229,6 +247,7 @@ def uninstall() -> None:
         if not _is_installed or _keeps_installed or attached:
             return
         _is_installed = False
+        unwatch_instructors()
         for cls in _classes(cast("Any", BaseLLM)):
             for name in ("call", "acall"):
                 method = cls.__dict__.get(name)

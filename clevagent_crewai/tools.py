@@ -7,6 +7,7 @@ after it also where the tool failed or was skipped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from clevagent_core.calls import ToolCall
 from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
 from clevagent_crewai.aborted import aborted_by, passing_through_crews
-from clevagent_crewai.gates import gates_of, name_of, task_name_of
+from clevagent_crewai.gates import doing, gates_of, name_of, task_name_of
 from clevagent_crewai.works import works
 
 if TYPE_CHECKING:
@@ -83,17 +84,29 @@ def after_tool(context: Any) -> None:
         watchdog.node.set(node)
     for ticket in entry.tickets:
         ticket.settle(result=context.tool_result)
+    if entry.tickets:
+        for work in works():
+            work.tool_ended()
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    """Give what a tool is called with; a model may have said something else than an object, and CrewAI tells it so."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {} if given is None else {"": given}
 
 
 def _ask(context: Any) -> None:
     role = name_of(context.agent, "role")
     task = task_name_of(context.task)
+    around = doing.get()
+    role, task = role or around[0], task or around[1]
     name = str(context.tool_name)
     tickets: list[Ticket] = []
     outer: list[tuple[Watchdog, str | None, str | None]] = []
     gates = gates_of(role, task)
     for gate in gates:
-        call = ToolCall(tool=name, arguments=dict(context.tool_input or {}), node=role or gate.watchdog.node.get())
+        call = ToolCall(tool=name, arguments=_arguments(context.tool_input), node=role or gate.watchdog.node.get())
         try:
             with passing_through_crews(gate.watchdog):
                 tickets.append(gate.run.open(call, gate.extra))
@@ -107,5 +120,7 @@ def _ask(context: Any) -> None:
         outer.append((gate.watchdog, gate.watchdog.tool.get(), gate.watchdog.node.get()))
         gate.watchdog.tool.set(name)
         gate.watchdog.node.set(role or gate.watchdog.node.get())
+    for work in works():
+        work.tool_begins()
     if gates:
         _open.set(_OpenTool(name, tuple(tickets), tuple(outer), _open.get()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -25,7 +26,9 @@ class Work:
     none; there, a model that is known to belong to one kickoff that goes on counts as called in it.
     """
 
-    __slots__ = ("_lock", "_models", "_owns_run", "_tasks", "budgets", "is_over", "obj", "outer", "refusal", "run", "watchdog")
+    __slots__ = (
+        "_lock", "_models", "_owns_run", "_tasks", "_tools", "budgets", "is_over", "obj", "outer", "refusal", "run", "tool_at", "watchdog",
+    )  # fmt: skip
 
     def __init__(
         self, obj: object, watchdog: Watchdog, budgets: Sequence[Budget], run: Run | None, models: Sequence[object]
@@ -47,6 +50,22 @@ class Work:
         self._tasks: dict[tuple[str, str], Run] = {}
         self._models = {id(model) for model in models}
         self._lock = threading.RLock()
+        self._tools = 0
+        self.tool_at = -math.inf
+        """When (monotonic seconds) the latest of its tools that still run was begun; minus infinity while none does."""
+
+    def tool_begins(self) -> None:
+        """Take note that a tool runs in it."""
+        with self._lock:
+            self._tools += 1
+            self.tool_at = self.watchdog.clock.monotonic()
+
+    def tool_ended(self) -> None:
+        """Take note that a tool of it has ended."""
+        with self._lock:
+            self._tools -= 1
+            if not self._tools:
+                self.tool_at = -math.inf
 
     def __enter__(self) -> None:
         """Make it the innermost one of this context."""
@@ -165,10 +184,52 @@ def works(model: object | None = None) -> Iterator[Work]:
     if work is None and model is not None and _going_on:
         with _lock:
             known = [other for other in _going_on if id(model) in other._models]  # noqa: SLF001 - the same module
-        work = known[0] if len(known) == 1 else None
+        work = _around_all(known)
     while work is not None:
         yield work
         work = work.outer
+
+
+def _around_all(known: Sequence[Work]) -> Work | None:
+    """Find the kickoff that a raw thread's call belongs to: the innermost that all of these are, or are a part of.
+
+    Where there is none, it counts as called in the one that began a tool last, so that no call goes unasked; that is told, once.
+    """
+    outer = [_chain(work) for work in known]
+    leaves = [work for work in known if not any(work in chain[1:] for chain in outer)]
+    if not leaves:
+        return None
+    first, *others = (_chain(work) for work in leaves)
+    found = next((work for work in first if all(work in chain for chain in others)), None)
+    if found is None:
+        # Of those that run no tool, none has begun a thread that anybody knows of.
+        found = max(leaves, key=lambda work: work.tool_at)
+        if sum(work.tool_at > -math.inf for work in leaves) != 1:
+            found.watchdog.tell_once(_ambiguous(found, len(leaves)), key="kickoffs")
+    return found
+
+
+def _ambiguous(work: Work, count: int) -> Incident:
+    watchdog = work.watchdog
+    return Incident(
+        kind="thread",
+        message=(
+            f"A model was called in a thread that inherits no kickoff, while {count} kickoffs that use it go on: it cannot be told whose the "
+            "call is, so it counts as called in the one that began a tool last. Start the thread with contextvars.copy_context().run, or "
+            "give each crew a model of its own. (Told once.)"
+        ),
+        agent=watchdog.settings.agent,
+        run_id=work.run.run_id,
+        at=watchdog.clock.wall(),
+    )
+
+
+def _chain(work: Work | None) -> list[Work]:
+    chain = []
+    while work is not None:
+        chain.append(work)
+        work = work.outer
+    return chain
 
 
 def is_inside(obj: object) -> bool:

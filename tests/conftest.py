@@ -30,6 +30,7 @@ os.environ.update(
 )
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import clevagent
 from clevagent.testing import FakeClock
@@ -37,6 +38,10 @@ from clevagent_core import default
 
 for _folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME"):
     atexit.register(shutil.rmtree, os.environ[_folder], ignore_errors=True)
+
+# A machine that has other work to do says nothing about a test.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("any machine")
 
 HAS_CREWAI = importlib.util.find_spec("crewai") is not None
 """CrewAI is in an environment of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 
 from rich import box
 from rich.console import Console
@@ -18,6 +19,7 @@ from clevagent.demo.acting import Scene, play
 from clevagent.demo.results import SceneResult
 from clevagent.demo.scenes import SCENES
 from clevagent.demo.surroundings import kept_log, own_environment, plugins_of_others
+from clevagent.demo.zombie import watch
 from clevagent.testing import LoopbackProvider
 from clevagent_core.money import PICO_PER_USD
 
@@ -44,6 +46,7 @@ def perform(console: Console | None = None) -> list[SceneResult]:
     console.print("", result_table(results), "", sep="\n")
     for line in explanations(results):
         _say(console, line)
+    _tell_zombie(console)
     if not frameworks.has_crewai():
         _say(console, 'CrewAI is not installed here, so no crew was played: pip install ".[demo,crewai]" adds it.\n')
     warned = f" {len(records)} warnings that ClevAgent logged were kept off this screen." if records else ""
@@ -51,6 +54,26 @@ def perform(console: Console | None = None) -> list[SceneResult]:
     _say(console, "Guard an agent of your own:\n")
     _say_indented(console, _NEXT)
     return results
+
+
+def _tell_zombie(console: Console) -> None:
+    _say(console, "And one that spends nothing: its process lives, and its work stands still.", style="bold")
+    zombie = watch()
+    shown = zombie.stack[-4:]
+    lines = [
+        f"health check  ok: the process lives, as {zombie.beats} heartbeats say",
+        f"progress      none for {zombie.age_s:.0f} s",
+        f"stuck in      {zombie.where}",
+        *(f"              {_short(line)}" for line in shown),
+        f"then          it ended itself with status {zombie.status}, for its supervisor to start it again (on_stall='exit')",
+    ]
+    _say_indented(console, "\n".join(lines))
+    _say(console, "")
+
+
+def _short(line: str) -> str:
+    """Write a frame with the last two parts of its path."""
+    return "/".join(PurePath(line).parts[-2:])
 
 
 # -- while it plays -------------------------------------------------------------------------------------------------------

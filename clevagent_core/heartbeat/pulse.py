@@ -41,6 +41,10 @@ _INCIDENTS = 100
 _SOON_S = 1.0
 """How long after something worth telling the next beat comes at the latest: a storm of it is one beat a second."""
 _META_BYTES = 10_000
+_NAME = 200
+"""How many characters of a name are sent."""
+_MOST = 2**53
+"""The largest whole number that every reader of JSON knows exactly; what is larger was not meant."""
 _FEW = 50
 _PLAIN = frozenset({str, int, bool, type(None)})
 """What JSON can say as it is. Not floats: there is no NaN in JSON."""
@@ -94,7 +98,7 @@ class Pulse:
         """Take note of what a ping tells; begin to beat."""
         if step.kind == "ping":
             # Written down now: what it told may change, and is not ours to keep.
-            self._ping = step.name, _plain(step.detail) if step.detail else step.detail
+            self._ping = str(step.name)[:_NAME] or "ok", _plain(step.detail) if step.detail else step.detail
             if step.name != self._status:
                 self._status = step.name
                 self.soon()
@@ -162,29 +166,30 @@ class Pulse:
         ping, self._ping = self._ping, None
         said: Mapping[str, Any] = ping[1] if ping is not None else {}
         incidents = [self._incidents.popleft() for _ in range(len(self._incidents))]
-        if type(said.get("iteration_count")) is int:
-            self._iteration = said["iteration_count"]
+        iteration = said.get("iteration_count")
+        if type(iteration) is int and abs(iteration) <= _MOST:
+            self._iteration = iteration
         said_status = ping[0] if ping is not None else "ok"
         if status is None:
             status = "shutdown" if kind == "shutdown" else "warning" if incidents and said_status == "ok" else said_status
         self._status = said_status
         memory: Any = said.get("memory_mb")
         return Beat(
-            agent=settings.agent,
+            agent=settings.agent[:_NAME],
             boot_id=self.boot_id,
             seq=self._seq,
             sent_at=clock.wall(),
             kind=kind,
             status=status,
-            message=str(said.get("message", "")),
-            run_id=None if moved_at is None else watchdog.steps.run_id,
+            message=str(said.get("message", ""))[:_META_BYTES],
+            run_id=None if moved_at is None else (watchdog.steps.run_id or "")[:_NAME] or None,
             progress_age_s=None if moved_at is None else round(max(0.0, clock.monotonic() - moved_at), 3),
             interval_s=settings.interval,
             amounts=amounts,
             totals=totals,
             dropped=self._sender.dropped if self._sender is not None else 0,
             iteration_count=self._iteration,
-            memory_mb=float(memory) if type(memory) in (int, float) else _resident_mb(),
+            memory_mb=float(memory) if type(memory) in (int, float) and 0 <= memory <= _MOST else _resident_mb(),
             incidents=[_told(incident) for incident in incidents],
             meta={name: value for name, value in said.items() if name not in _PING_FIELDS},
             host=_host(),

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import httpcore  # noqa: F401 - httpx imports it when it makes its first client
 import httpx
@@ -145,6 +146,8 @@ class Sender:
             if self._has_stopped:
                 return Leftover(0, 0)
             self._is_stopping = True
+            # Set again by the thread when it has closed its connection.
+            self._idle.clear()
         self._hurry.set()
         self._wake.set()
         if self._thread is not None:
@@ -329,7 +332,7 @@ class Sender:
 
     def _report(self, command_id: str, result: Mapping[str, Any]) -> None:
         try:
-            self._post(f"/commands/{command_id}/result", result)
+            self._post(f"/commands/{quote(command_id, safe='')}/result", result)
         except DeliveryError as error:
             if not isinstance(error, _Refused) and not error.permanent:
                 raise

@@ -231,7 +231,8 @@ def test_an_exception_that_nobody_catches_is_told_with_its_line_and_without_its_
     assert crash["details"]["type"] == "builtins.ValueError"
     assert crash["details"]["stack"][-1] == "<string>:6 in work"
     assert "secret" not in str(receiver.beats)
-    assert kinds(receiver)[-2:] == ["crash", "shutdown"]
+    assert kinds(receiver).count("crash") == 1
+    assert kinds(receiver)[-1] == "shutdown"
 
 
 def test_the_text_of_an_exception_is_told_where_it_is_asked_for(start, receiver):

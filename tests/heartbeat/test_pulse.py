@@ -16,6 +16,7 @@ from inline_snapshot import snapshot
 
 from clevagent import Amounts, Beat, Budget, BudgetExceeded, Incident, LLMCall, Price, Step, ToolCall, Usage, Watchdog, hookimpl
 from clevagent.testing import FakeClock
+from clevagent.testing.receiver import mistake
 from clevagent_core.money import PICO_PER_USD
 
 CENT = PICO_PER_USD // 100
@@ -253,6 +254,15 @@ def test_whatever_a_ping_tells_can_be_sent(make, clock, listener, given, told):
     clock.advance(30)
     assert listener.beats[-1].meta == told
     json.dumps(listener.beats[-1].to_wire(), allow_nan=False)
+
+
+@pytest.mark.parametrize("status", ["", "x" * 300, 5])
+@pytest.mark.parametrize("said", [{"memory_mb": -5}, {"memory_mb": 1e300}, {"memory_mb": "much"}, {"iteration_count": 2**70}])
+def test_what_a_ping_should_not_say_is_cut_or_left_out_and_the_beat_is_taken(make, clock, listener, status, said):
+    watchdog = make(agent="a" * 300)
+    ping(watchdog.process_run, status, **said)
+    clock.advance(30)
+    assert mistake(listener.beats[-1].to_wire()) is None
 
 
 def test_an_object_that_cannot_be_written_is_left_out(make, clock, listener):
