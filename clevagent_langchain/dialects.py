@@ -23,6 +23,16 @@ _TIMEOUTS = ("request_timeout", "default_request_timeout", "timeout")
 """What models call the time after which they give an answer up."""
 
 
+def _timeout_of(model: BaseChatModel) -> float | None:
+    # Not by getattr, which takes long to say that a model has no such field.
+    fields = model.__dict__
+    for name in _TIMEOUTS:
+        value = fields.get(name)
+        if value is not None:
+            return requests.seconds_of(value)
+    return None
+
+
 class Dialect:
     """A model of an unknown provider: it is described and metered, but no limit is sent and its retries stay its own."""
 
@@ -71,7 +81,7 @@ class Dialect:
             opaque=facts.is_unbounded or is_opaque,
             service_tier=facts.service_tier,
             audio=facts.is_audio,
-            timeout_s=requests.seconds_of(*(getattr(model, name, None) for name in _TIMEOUTS)),
+            timeout_s=_timeout_of(model),
         )
         if call.opaque:
             call.context_window = _profile(model).get("max_input_tokens")

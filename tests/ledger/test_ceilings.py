@@ -32,6 +32,8 @@ from clevagent_core.summaries import RunSummary
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
+OBSERVERS = ["clevagent_core.heartbeat.pulse", "clevagent_core.guards.stall"]
+"""What only looks on, at every half minute of the years that pass here."""
 PRICES = {
     "m": Price(input=1, output=2, context_window=500),
     "n": Price(input=3, output=15, cache_read="0.3", cache_write="3.75"),
@@ -140,6 +142,7 @@ class CeilingsMachine(RuleBasedStateMachine):
     def begin(self, given_budgets: list[Budget]) -> None:
         self.clock = FakeClock()
         self.watchdog = Watchdog(
+            block=OBSERVERS,
             clock=self.clock,
             ledger=self.ledger,
             prices=PRICES,

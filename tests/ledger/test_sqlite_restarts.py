@@ -245,7 +245,7 @@ def test_opening_twice_changes_nothing(path, other) -> None:
     made = first.ask(schema)
     second = other()
     assert second.ask(schema) == made
-    assert second.ask("ledger._database.read('PRAGMA user_version')") == [(1,)]
+    assert second.ask("ledger._database.read('PRAGMA user_version')") == [(2,)]
 
 
 def test_many_processes_that_make_the_file_at_once_make_it_once(path, other) -> None:

@@ -93,7 +93,7 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_as_it_is(path, watch) -
     connection.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     connection.close()
     assert told(watch, path) == snapshot(
-        "The ledger 'FOLDER/ledger.db' was made by a newer ClevAgent (its version is 2, this one knows 1), so it was not touched. Install that version here too, or give this program a ledger of its own."
+        "The ledger 'FOLDER/ledger.db' was made by a newer ClevAgent (its version is 3, this one knows 2), so it was not touched. Install that version here too, or give this program a ledger of its own."
     )
 
 
