@@ -43,6 +43,7 @@ bench: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/python benchmarks/hot_paths.py
 	$(CREWAI)/bin/python benchmarks/ceilings.py
 	$(BIN)/python benchmarks/ledgers.py
+	$(BIN)/python benchmarks/heartbeats.py
 	$(BIN)/python benchmarks/clients.py
 	$(BIN)/python benchmarks/graphs.py
 	$(CREWAI)/bin/python benchmarks/crews.py
@@ -52,6 +53,7 @@ bench: $(STAMP) $(CREWAI_STAMP)
 bench-peers: $(PEERS_STAMP)
 	$(PEERS)/bin/python -m benchmarks.peers.ceilings
 	$(PEERS)/bin/python -m benchmarks.peers.costs
+	$(PEERS)/bin/python -m benchmarks.peers.signs
 	$(PEERS)/bin/python -m benchmarks.results --readme
 
 install: $(STAMP) $(CREWAI_STAMP)

@@ -5,17 +5,19 @@ Looking costs some ten microseconds, changes nothing, and needs nothing of what 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import PurePath
-from types import CodeType, FrameType
+from types import AsyncGeneratorType, CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import asyncio
 
+_OPAQUE = frozenset({"async_generator_asend", "async_generator_athrow", "anext_awaitable"})
 MOST_FRAMES = 50
 """Of more, the middle is left out."""
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - as text, to compare
@@ -136,6 +138,9 @@ def _awaits(task: asyncio.Task[Any]) -> list[Frame]:
 def _chain(awaited: Any) -> Iterator[Frame]:
     """Walk a chain of coroutines and generators, outermost first."""
     for _ in range(10 * MOST_FRAMES):
+        if type(awaited).__name__ in _OPAQUE:
+            # What ``async for`` awaits names its generator to the garbage collector only.
+            awaited = next((found for found in gc.get_referents(awaited) if isinstance(found, AsyncGeneratorType)), None)
         frame = _first(awaited, "cr_frame", "gi_frame", "ag_frame")
         if frame is not None:
             yield _frame(frame.f_code, frame.f_lineno)
@@ -168,7 +173,12 @@ def _waited_by(future: Any) -> list[Any]:
             callback = entry[0] if isinstance(entry, tuple) else entry
             cells = getattr(callback, "__closure__", None) or ()
             owner = getattr(callback, "__self__", None)
-            if any(_holds(cell, future) for cell in cells) or getattr(owner, "_on_completed_fut", None) is future:
+            given = getattr(callback, "args", ())  # of a partial: asyncio.wait_for
+            if (
+                any(_holds(cell, future) for cell in cells)
+                or any(one is future for one in given)
+                or getattr(owner, "_on_completed_fut", None) is future
+            ):
                 waiting.append(task)
     return waiting
 
