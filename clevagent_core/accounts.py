@@ -26,6 +26,19 @@ class Deadline(NamedTuple):
     run: Run
     """The run that it is counted from."""
 
+    def is_news(self, what: str) -> bool:
+        """Tell whether ``what`` (close, passed) was not told of it yet, and take note that it is now."""
+        told = self.run.state.setdefault(Deadline, set())
+        key = self.budget.label, what
+        if key in told:
+            return False
+        told.add(key)
+        return True
+
+    def is_let_go(self) -> bool:
+        """Tell whether calls may go on all the same, because the user's callable said so, or nothing is to be stopped."""
+        return (self.budget.label, "let go") in self.run.state.get(Deadline, ())
+
 
 class Cover(NamedTuple):
     """The accounts that calls of one shape count against, until a window rolls over."""

@@ -108,27 +108,23 @@ class BudgetGuard:
         """Refuse a call that comes after its deadline; warn, once, of one that is close."""
         now = run.watchdog.clock.monotonic()
         for deadline in deadlines:
-            budget, anchor = deadline.budget, deadline.run
-            told = anchor.state.setdefault((BudgetGuard, "deadlines"), set())
+            budget = deadline.budget
             seconds = budget.seconds or 0.0
             if now < deadline.at:
-                if now >= deadline.at - seconds * (1 - budget.warn_at) and (budget.label, "close") not in told:
-                    told.add((budget.label, "close"))
+                if now >= deadline.at - seconds * (1 - budget.warn_at) and deadline.is_news("close"):
                     run.watchdog.tell(near_deadline_incident(run, deadline))
                 continue
-            if (budget.label, "let go") in told:
+            if deadline.is_let_go():
                 continue
             incident = deadline_incident(run, deadline, call)
             action = action_of(run, budget)
             is_let_go = run.dry_run or action == "warn"
-            if (budget.label, "passed") not in told:
-                told.add((budget.label, "passed"))
-                shown = "dry_run" if run.dry_run else "warn" if is_let_go else incident.action
-                run.watchdog.tell(replace(incident, action=shown))
-                if callable(action) and not is_let_go:
-                    is_let_go = self._ask(action, incident) == "warn"
+            if deadline.is_news("passed"):
+                run.watchdog.tell(incident)
+            if callable(action) and not is_let_go and deadline.is_news("asked"):
+                is_let_go = self._ask(action, incident) == "warn"
             if is_let_go:
-                told.add((budget.label, "let go"))
+                deadline.is_news("let go")
                 continue
             return Stop(incident=incident)
         return None

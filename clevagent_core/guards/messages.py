@@ -91,7 +91,10 @@ def deadline_incident(run: Run, deadline: Deadline, call: Call | None) -> Incide
     budget, watchdog = deadline.budget, run.watchdog
     seconds = budget.seconds or 0.0
     elapsed = watchdog.clock.monotonic() - deadline.run.started_monotonic
-    if call is None:
+    action = "dry_run" if run.dry_run else "warn" if action_of(run, budget) == "warn" else _graceful(run, budget)
+    if action in ("dry_run", "warn"):
+        what = f"Nothing is stopped, because this {'is a dry run' if run.dry_run else 'budget only warns'}"
+    elif call is None:
         what = "It has not come to its end, and the next call that it makes is refused"
     else:
         whose = f"model call to {call.model!r}" if isinstance(call, LLMCall) else f"call of the tool {call.tool!r}"
@@ -105,7 +108,7 @@ def deadline_incident(run: Run, deadline: Deadline, call: Call | None) -> Incide
         agent=watchdog.settings.agent,
         run_id=run.run_id,
         at=watchdog.clock.wall(),
-        action=_graceful(run, budget),
+        action=action,
         budget=budget.label,
         key=deadline.run.run_id,
         unit="seconds",

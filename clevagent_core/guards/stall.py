@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from clevagent_core.accounts import deadlines_of
 from clevagent_core.calls import LLMCall
 from clevagent_core.clock import Timer
+from clevagent_core.guards.messages import deadline_incident
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.verdicts import Incident
 
@@ -75,10 +77,13 @@ class StallGuard:
         self._default_s = self._allowed.get("*", self._default_s)
 
     @hookimpl
-    def clevagent_run_started(self, run: Run) -> None:  # noqa: ARG002 - as specified
-        """Begin to look: the process's own run starts with the watchdog."""
+    def clevagent_run_started(self, run: Run) -> None:
+        """Begin to look (the process's own run starts with the watchdog), and look again when a deadline of the run has passed."""
         if self._timer is None:
             self._start()
+        if run.parent is None and self._timer is not None:
+            for deadline in deadlines_of(run):
+                self._timer.wake(max(0.0, deadline.at - self._watchdog.clock.monotonic()))
 
     @hookimpl
     def clevagent_beat(self, beat: Beat) -> None:  # noqa: ARG002 - as specified
@@ -126,7 +131,18 @@ class StallGuard:
             elif self._told.get(run) != run.progress.moved_at:
                 self._told[run] = run.progress.moved_at
                 self._tell(run, now)
+            soonest = min(soonest, self._next_deadline(run, now))
         return max(soonest - now, 0.001)
+
+    def _next_deadline(self, run: Run, now: float) -> float:
+        """Tell of a deadline that has passed while nothing was called; give when (monotonic seconds) the next one does."""
+        next_at = math.inf
+        for deadline in deadlines_of(run):
+            if now < deadline.at:
+                next_at = min(next_at, deadline.at)
+            elif deadline.is_news("passed"):
+                self._watchdog.tell(deadline_incident(run, deadline, None))
+        return next_at
 
     def _due(self, run: Run) -> float:
         """When (monotonic seconds) a run tree is stalled, unless it moves."""

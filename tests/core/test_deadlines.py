@@ -109,6 +109,22 @@ def test_a_deadline_is_told_close_and_passed_and_each_once(make, clock, spend, h
     assert heard.kinds == ["budget_warning", "budget"]
 
 
+def test_a_deadline_that_passes_while_nothing_is_called_is_told_by_itself(make, clock, spend, heard):
+    watchdog = make(plugins=[heard])
+    with watchdog.run(budgets=[Budget(seconds=100)]) as run:
+        clock.advance(99)
+        watchdog.flush()
+        assert heard.kinds == []
+        clock.advance(1)
+        watchdog.flush()
+        assert heard.kinds == ["budget"]
+        assert "It has not come to its end, and the next call that it makes is refused" in heard.incidents[0].message
+        with pytest.raises(BudgetExceeded):
+            spend(run)
+    watchdog.flush()
+    assert heard.kinds == ["budget"]
+
+
 def test_a_deadline_that_only_warns_stops_nothing(make, clock, spend, heard):
     watchdog = make(plugins=[heard])
     with watchdog.run(budgets=[Budget(seconds=10, on_exceed="warn", warn_at=1)]) as run:
