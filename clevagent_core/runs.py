@@ -441,7 +441,7 @@ class Run:
             f"The guard {type(plugin).__name__} failed: {error!r}. {what} This is a bug of the guard: mend it, or leave it out with "
             "block=[...] (`clevagent plugins` lists the names)."
         )
-        incident = self._incident("guard", message, "raise" if closed else "warn")
+        incident = replace(self._incident("guard", message, "raise" if closed else "warn"), details={"error": repr(error)})
         logger.error("The guard %s failed.", type(plugin).__name__, exc_info=error)
         return Stop(incident=incident) if closed else Warn(incident=incident)
 

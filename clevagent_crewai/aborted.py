@@ -68,6 +68,7 @@ def aborted_by(error: Exception, watchdog: Watchdog) -> Exception:
             run_id=watchdog.current_run().run_id,
             at=watchdog.clock.wall(),
             action="raise",
+            details={"error": repr(error)},
         )
     )
     stop.__cause__ = error

@@ -291,7 +291,7 @@ class BudgetGuard:
             wanted = action(incident)
         except Exception as error:
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
-            return Stop(incident=replace(incident, details={"on_exceed_error": repr(error)})), False
+            return Stop(incident=replace(incident, details={"error": repr(error)})), False
         finally:
             self._asking.reset(token)
         if wanted == "warn":

@@ -19,6 +19,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from clevagent_core.calls import Step
@@ -190,7 +191,7 @@ class Pulse:
             dropped=self._sender.dropped if self._sender is not None else 0,
             iteration_count=self._iteration,
             memory_mb=float(memory) if type(memory) in (int, float) and 0 <= memory <= _MOST else _resident_mb(),
-            incidents=[_told(incident) for incident in incidents],
+            incidents=[_told(incident, with_errors="exception_messages" in settings.capture) for incident in incidents],
             meta={name: value for name, value in said.items() if name not in _PING_FIELDS},
             host=_host(),
             pid=os.getpid(),
@@ -274,7 +275,13 @@ _TOLD_FIELDS = (
 """The fields of an incident that are sent."""
 
 
-def _told(incident: Incident) -> Mapping[str, object]:
+def _told(incident: Incident, *, with_errors: bool = False) -> Mapping[str, object]:
+    if not with_errors and "error" in incident.details:
+        # What somebody's exception says may quote prompts and answers: its type is told instead.
+        error = str(incident.details["error"])
+        kind = error.partition("(")[0]
+        text = incident.message.replace(error, kind)
+        incident = replace(incident, message=text, details={**incident.details, "error": kind})
     return {name: getattr(incident, name) for name in _TOLD_FIELDS[:-1]} | {"details": _plain(incident.details)}
 
 

@@ -813,7 +813,7 @@ def test_a_callable_that_raises_leaves_the_call_refused(make, spend):
 
     with make().run(budgets=[Budget(usd=0.02, on_exceed=fails)]) as run, pytest.raises(BudgetExceeded) as caught:
         spend(run, 3)
-    assert caught.value.incident.details == {"on_exceed_error": "OSError('no pager')"}
+    assert caught.value.incident.details == {"error": "OSError('no pager')"}
 
 
 def test_a_callable_that_lets_one_budget_go_does_not_let_go_of_another(make, spend):

@@ -296,6 +296,27 @@ def test_a_beat_tells_where_it_comes_from(make, clock, listener):
     assert beat.host
 
 
+class Curious:
+    """A guard that fails over what it was given."""
+
+    fails_closed = False
+
+    @hookimpl
+    def clevagent_before_call(self, run, call):
+        raise ValueError(f"cannot read {call.input}")
+
+
+@pytest.mark.parametrize("capture", [(), ("exception_messages",)])
+def test_what_an_exception_says_is_sent_only_where_that_was_asked_for(make, clock, listener, capture):
+    watchdog = make(plugins=[Curious()], capture=capture)
+    watchdog.process_run.open(LLMCall(model="cent", input=["a secret"], max_output_tokens=1)).settle(Usage())
+    watchdog.flush()
+    clock.advance(30)
+    (incident,) = [incident for beat in listener.beats for incident in beat.incidents]
+    assert "The guard Curious failed: ValueError" in incident["message"]
+    assert ("a secret" in json.dumps([beat.to_wire() for beat in listener.beats])) == bool(capture)
+
+
 def test_two_watchdogs_of_one_process_are_two_boots(make, clock, listener):
     for watchdog in (make(), make()):
         ping(watchdog.process_run)
