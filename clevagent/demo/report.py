@@ -19,7 +19,7 @@ from clevagent.demo.acting import Scene, play
 from clevagent.demo.results import SceneResult
 from clevagent.demo.scenes import SCENES
 from clevagent.demo.surroundings import kept_log, own_environment, plugins_of_others
-from clevagent.demo.zombie import watch
+from clevagent.demo.zombie import Zombie, watch
 from clevagent.testing import LoopbackProvider
 from clevagent_core.money import PICO_PER_USD
 
@@ -43,10 +43,11 @@ def perform(console: Console | None = None) -> list[SceneResult]:
     _say(console, "Agents and clients are real. The provider is a server on this machine that keeps the bill: no key, no cost.")
     with own_environment(), kept_log() as records, _stage(console, len(scenes)) as stage:
         results = play(scenes, stage, block=plugins_of_others())
+        zombie = watch()
     console.print("", result_table(results), "", sep="\n")
     for line in explanations(results):
         _say(console, line)
-    _tell_zombie(console)
+    _tell_zombie(console, zombie)
     if not frameworks.has_crewai():
         _say(console, 'CrewAI is not installed here, so no crew was played: pip install ".[demo,crewai]" adds it.\n')
     warned = f" {len(records)} warnings that ClevAgent logged were kept off this screen." if records else ""
@@ -56,9 +57,8 @@ def perform(console: Console | None = None) -> list[SceneResult]:
     return results
 
 
-def _tell_zombie(console: Console) -> None:
+def _tell_zombie(console: Console, zombie: Zombie) -> None:
     _say(console, "And one that spends nothing: its process lives, and its work stands still.", style="bold")
-    zombie = watch()
     shown = zombie.stack[-4:]
     lines = [
         f"health check  ok: the process lives, as {zombie.beats} heartbeats say",

@@ -223,7 +223,8 @@ def _after_fork_in_child() -> None:
     # What ran in the parent goes on there; the child is watched from its own first step.
     for guard in list(_guards):
         guard._reset()  # noqa: SLF001 - the same module
-        guard._forked_at = guard._watchdog.clock.monotonic()  # noqa: SLF001 - as above
+        if hasattr(guard, "_watchdog"):  # else its watchdog could not be made
+            guard._forked_at = guard._watchdog.clock.monotonic()  # noqa: SLF001 - as above
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -261,6 +261,8 @@ class Pulse:
     def after_fork(self) -> None:
         """Be another process: a forked child has its own id, numbers and totals, and beats from its first step."""
         self._reset()
+        if not hasattr(self, "_watchdog"):
+            return  # its watchdog could not be made
         self._before = self._totals()
         self._forked_at = self._watchdog.clock.monotonic()
         if self._spool is not None:

@@ -91,6 +91,11 @@ def one_core_call(run: Run) -> Callable[[], object]:
     return lambda: run.open(call).settle(usage)
 
 
+def taken(counting: ModuleType, function: Callable[[], object]) -> int:
+    """The blocks that a call takes: the least of three counts, since other threads of the process take some, too."""
+    return min(counting.blocks_taken(function, repeats=REPEATS) for _ in range(3))
+
+
 def test_the_counter_counts_what_is_taken_even_if_it_is_given_back(counting: ModuleType) -> None:
     """A hundred objects, none of which stays, are a hundred blocks."""
 
@@ -106,26 +111,26 @@ def test_the_counter_counts_what_is_taken_even_if_it_is_given_back(counting: Mod
 def test_what_stays_is_counted(counting: ModuleType) -> None:
     """A call that keeps an object each time is found out."""
     kept: list[object] = []
-    assert counting.blocks_left(lambda: kept.append(object()), 1000) >= 1000
+    assert max(counting.blocks_left(lambda: kept.append(object()), 1000) for _ in range(3)) >= 1000
 
 
 def test_the_handler_takes_no_more_blocks_than_measured(counting: ModuleType, watchdog: Watchdog, model: Any) -> None:
     """Above a handler that does nothing; anything that copies or rescans messages is many times dearer."""
-    floor = counting.blocks_taken(invoking(model, NoOp()), repeats=REPEATS)
-    ours = counting.blocks_taken(invoking(model, ClevAgentCallbackHandler(watchdog=watchdog)), repeats=REPEATS)
+    floor = taken(counting, invoking(model, NoOp()))
+    ours = taken(counting, invoking(model, ClevAgentCallbackHandler(watchdog=watchdog)))
     assert ours - floor <= HANDLER_BLOCKS * MARGIN
 
 
 def test_a_guarded_model_takes_no_more_blocks_than_measured(counting: ModuleType, watchdog: Watchdog, model: Any) -> None:
     """Above a handler that does nothing on the bare model."""
-    floor = counting.blocks_taken(invoking(model, NoOp()), repeats=REPEATS)
-    ours = counting.blocks_taken(invoking(clevagent.guard(model, watchdog=watchdog)), repeats=REPEATS)
+    floor = taken(counting, invoking(model, NoOp()))
+    ours = taken(counting, invoking(clevagent.guard(model, watchdog=watchdog)))
     assert ours - floor <= GUARD_BLOCKS * MARGIN
 
 
 def test_the_core_takes_no_more_blocks_than_measured(counting: ModuleType, run: Run) -> None:
     """Check, reserve and settle under three budgets."""
-    assert counting.blocks_taken(one_core_call(run), repeats=REPEATS) <= CORE_BLOCKS * MARGIN
+    assert taken(counting, one_core_call(run)) <= CORE_BLOCKS * MARGIN
 
 
 def test_no_block_stays_after_ten_thousand_calls_of_the_core(counting: ModuleType, run: Run) -> None:
