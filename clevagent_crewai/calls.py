@@ -151,14 +151,12 @@ class Call:
 
     def delegate(self) -> None:
         """Another model is called inside: one that only hands its calls on sends nothing itself."""
-        if not self.dialect.is_known and not self._used and not self._has_delegated:
-            self._has_delegated = True
-            for ticket in self.tickets:
-                ticket.release()
+        if not self.dialect.is_known:
+            self.hand_over()
 
     def hand_over(self) -> None:
-        """The request is sent past the model, and asked for by itself."""
-        if not self._has_delegated and not self._used:
+        """What this was asked for is sent by somebody else, who asks for it."""
+        if not self._used and not self._has_delegated:
             self._has_delegated = True
             for ticket in self.tickets:
                 ticket.release()

@@ -114,8 +114,8 @@ def _gate_of(gates: list[Gate], watchdog: Watchdog, work: Work | None) -> Gate:
 def _run_of(gate: Gate, role: str | None, task: str | None) -> Run:
     run: Run | None = gate.watchdog.current.get()
     work = gate.work
-    if run is None and work is not None and not work.is_over:
-        run = work.run
+    if work is not None and not work.is_over and (run is None or (run is not work.run and run in work.run.chain())):
+        run = work.run  # what is called in a kickoff counts for it, also where a thread has activated the run around it
     while run is not None and run.ended_at is not None:
         run = run.parent  # what was left behind by a kickoff that is over
     if run is None:

@@ -1,25 +1,29 @@
-"""Requests that CrewAI sends past its models: ``InternalInstructor`` (``output_json``; litellm with a response model) has a client of its own.
+"""Requests that CrewAI sends past its models: ``InternalInstructor`` has a client of its own.
 
-Neither ``call`` of the model, nor its limit, nor its retries hold there: each request is asked for, with a limit that fits. Instructor
-itself asks again, up to three times, when an answer does not fit the model. Checked with crewai 1.15.30 and instructor 1.15.4.
+It makes ``output_json``, and what litellm answers to a response model. Neither ``call`` of the model, nor its limit, nor its retries
+hold there: each request is asked for, with a limit that fits. Instructor itself may ask again when an answer does not fit the model.
+Checked with crewai 1.15.19 and 1.15.30, and instructor 1.15.4 and 1.17.0.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from crewai.llms.base_llm import BaseLLM
 from crewai.utilities.internal_instructor import InternalInstructor
 
+from clevagent_core import default
 from clevagent_core.calls import LLMCall
-from clevagent_core.errors import Stopped
 from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.calls import Call, again, call_of, quiet
-from clevagent_crewai.dialects import Dialect, describe, dialect_of
-from clevagent_crewai.gates import Gate, doing, gates_of, name_of, working
+from clevagent_crewai.dialects import describe, dialect_of
+from clevagent_crewai.gates import Gate, attached, doing, gates_of, name_of, working
+from clevagent_crewai.works import works
 
 _FLOOR = 1024
 _LIMITS = ("max_tokens", "max_completion_tokens")
@@ -42,81 +46,128 @@ def unwatch_instructors() -> None:
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def to_pydantic(self: Any) -> Any:
-        refusals: list[Exception] = []
-        if isinstance(self.llm, BaseLLM):
-            _guard(self, refusals)
-        try:
+        sender = _begin(self) if isinstance(self.llm, BaseLLM) else None
+        if sender is None:
             return original(self)
-        except Exception as error:  # whose code: instructor's; it puts its own words around a refusal
-            if refusals:
-                raise refusals[0] from error.__cause__
-            raise
+        try:
+            with _sending_by(self._client, sender):
+                return original(self)
+        except Exception:  # whose code: instructor's; it puts its own words around a refusal
+            if sender.refusal is None:
+                raise
+        raise sender.refusal
 
     vars(to_pydantic)["_clevagent_original"] = original
     return to_pydantic
 
 
-def _guard(self: Any, refusals: list[Exception]) -> None:
-    import instructor  # noqa: PLC0415 - imported already
+def _begin(converter: Any) -> _Sender | None:
+    """Find whom to ask; ``None`` where that is nobody."""
+    try:
+        return _sender_of(converter)
+    except Exception as error:  # whose code: ours; what cannot be checked is not sent
+        failed = error
+    work = next(works(converter.llm), None)
+    raise aborted_by(failed, work.watchdog if work is not None else attached[0] if attached else default.current())
 
-    llm = self.llm
+
+def _sender_of(converter: Any) -> _Sender | None:
+    llm = converter.llm
+    # litellm's own calls come here in the middle of one that was asked for.
     outer = call_of(llm) if "_clevagent_call" in type(llm).__dict__ else None
     model = outer.model if outer is not None else llm
     # A converter tells neither.
-    role, task = (name_of(self.agent, "role"), None) if self.agent is not None else doing.get()
+    role, task = (name_of(converter.agent, "role"), None) if converter.agent is not None else doing.get()
     role = role or working.get()
     gates = outer.gates if outer is not None else gates_of(role, task, model)
-    if not gates:
-        return
-    dialect = dialect_of(model)
-    client = self._client
-    send = getattr(client.create_fn, "_clevagent_send", None) or client.create_fn.__wrapped__
+    return _Sender(model, gates, outer, role, converter._client.create_fn.__wrapped__) if gates else None  # noqa: SLF001 - CrewAI's
 
-    @functools.wraps(send)
-    def create(*args: Any, **kwargs: Any) -> Any:
-        if refusals:
-            raise refusals[0]
-        if outer is not None:
-            outer.hand_over()
+
+@contextmanager
+def _sending_by(client: Any, sender: _Sender) -> Iterator[None]:
+    """Let a client of Instructor's send its requests by ``sender``."""
+    import instructor  # noqa: PLC0415 - imported already
+
+    before = client.create_fn
+    client.create_fn = instructor.patch(create=sender.send, mode=client.mode, provider=client.provider)
+    try:
+        yield
+    finally:
+        client.create_fn = before
+
+
+class _Sender:
+    """Asks for each request of one conversion, and sends it."""
+
+    __slots__ = ("_dialect", "_gates", "_limit", "_model", "_outer", "_role", "_send", "refusal")
+
+    def __init__(self, model: BaseLLM, gates: list[Gate], outer: Call | None, role: str | None, send: Callable[..., Any]) -> None:
+        self._model = model
+        self._gates = gates
+        self._outer = outer
+        self._role = role
+        self._send = send
+        self._dialect = dialect_of(model)
+        taken = inspect.signature(send).parameters
+        self._limit = next((name for name in (self._dialect.unset, *_LIMITS) if name in taken), None)
+        """How the SDK's method takes an output limit; ``None`` where it does not say (those of Google and Amazon)."""
+        self.refusal: Exception | None = None
+        """Why nothing more is sent; Instructor would try again."""
+
+    def send(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the SDK's method does, once, if everybody lets it through."""
+        call = self._opened(kwargs)
         try:
-            this = Call(model, dialect, gates, _asks(model, dialect, gates, kwargs, role))
-            this.open()
-        except Exception as error:  # whose code: ours; what cannot be checked is not sent
-            refusals.append(error if isinstance(error, Stopped) else aborted_by(error, gates[0].watchdog))
-            raise refusals[0] from None
-        granted = [ticket.max_output_tokens for ticket in this.tickets if ticket.max_output_tokens is not None]
-        if granted:
-            given = [name for name in _LIMITS if kwargs.get(name) is not None]
-            kwargs |= dict.fromkeys(given or [dialect.unset if dialect.is_known else "max_tokens"], min(granted))
-        kwargs |= dialect.quiet or {}
-        try:
-            with this:
-                answer = quiet_method(send)(*args, **kwargs)
+            with call:
+                answer = _once(self._send)(*args, **{**kwargs, **self._limits(call, kwargs), **(self._dialect.quiet or {})})
         except BaseException as error:
-            this.fail(error)
+            call.fail(error)
             raise
-        dump = getattr(getattr(answer, "usage", None), "model_dump", None)
-        this.note(None if dump is None else dump())
-        this.settle(None)
+        call.note(_usage_of(answer))
+        call.settle(None)
         return answer
 
-    client.create_fn = instructor.patch(create=create, mode=client.mode, provider=client.provider)
-    vars(client.create_fn)["_clevagent_send"] = send
+    def _opened(self, kwargs: dict[str, Any]) -> Call:
+        if self.refusal is None:
+            if self._outer is not None:
+                self._outer.hand_over()
+            try:
+                call = Call(self._model, self._dialect, self._gates, self._asks(kwargs))
+                call.open()
+            except Exception as error:  # whose code: ours; what cannot be checked is not sent
+                self.refusal = aborted_by(error, self._gates[0].watchdog)
+            else:
+                return call
+        raise self.refusal
+
+    def _asks(self, kwargs: Mapping[str, Any]) -> LLMCall:
+        call = again(describe(self._model, self._dialect, kwargs.get("messages") or [], None, None))
+        # The model's own limit is not sent on this way.
+        limit = max((value for name in _LIMITS if isinstance(value := kwargs.get(name), int)), default=None)
+        floor = min(_FLOOR, limit) if limit else _FLOOR
+        call = replace(call, max_output_tokens=limit, min_output_tokens=floor, clamp=self._limit is not None)
+        call.opaque = call.opaque or "messages" not in kwargs
+        call.tools = [*(kwargs.get("tools") or ()), *filter(None, [kwargs.get("response_format"), kwargs.get("system")])]
+        watchdog = self._gates[0].watchdog
+        call.node = self._role or watchdog.node.get()
+        call.tool = watchdog.tool.get()
+        return call
+
+    def _limits(self, call: Call, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Give the limits to send: in place of those that are sent anyway, else one."""
+        granted = [ticket.max_output_tokens for ticket in call.tickets if ticket.max_output_tokens is not None]
+        names = [name for name in _LIMITS if kwargs.get(name) is not None]
+        if not names and self._limit is not None:
+            names.append(self._limit)
+        return dict.fromkeys(names, min(granted)) if granted else {}
 
 
-def _asks(model: BaseLLM, dialect: Dialect, gates: list[Gate], kwargs: dict[str, Any], role: str | None) -> LLMCall:
-    call = again(describe(model, dialect, kwargs.get("messages") or [], None, None))
-    # The model's own limit is not sent on this way.
-    limits = [value for name in _LIMITS if isinstance(value := kwargs.get(name), int)]
-    limit = max(limits) if limits else None
-    call = replace(call, max_output_tokens=limit, min_output_tokens=min(_FLOOR, limit) if limit else _FLOOR, clamp=True)
-    call.tools = [*(kwargs.get("tools") or ()), *filter(None, [kwargs.get("response_format"), kwargs.get("system")])]
-    call.node = role or gates[0].watchdog.node.get()
-    call.tool = gates[0].watchdog.tool.get()
-    return call
+def _usage_of(answer: Any) -> Mapping[str, Any] | None:
+    dump = getattr(getattr(answer, "usage", None), "model_dump", None)
+    return None if dump is None else dump()
 
 
-def quiet_method(send: Callable[..., Any]) -> Callable[..., Any]:
+def _once(send: Callable[..., Any]) -> Callable[..., Any]:
     """Give an SDK's method that sends a request once."""
     resource = getattr(send, "__self__", None)
     client = getattr(resource, "_client", None)

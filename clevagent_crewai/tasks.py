@@ -1,7 +1,7 @@
 """What a task does beside its agent's work: making its output fit a model, judging it by a guardrail in words.
 
-These calls say neither whose they are nor for which task, and come when the agent's own work is over. So the whole of a task is marked
-as such, and a guarded agent's budgets cover all of it. Checked with crewai 1.15.19 and 1.15.30.
+These calls say neither whose they are nor for which task, and come when the agent's own work is over. So the whole of a task is
+marked as such, and a guarded agent's budgets cover all of it. Checked with crewai 1.15.19 and 1.15.30.
 """
 
 from __future__ import annotations

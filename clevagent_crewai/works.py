@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -27,7 +27,8 @@ class Work:
     """
 
     __slots__ = (
-        "_lock", "_models", "_owns_run", "_tasks", "_tools", "budgets", "is_over", "obj", "outer", "refusal", "run", "tool_at", "watchdog",
+        "_lock", "_models", "_owns_run", "_tasks", "_tools", "budgets", "is_over", "latest_tool", "obj", "outer", "refusal", "run",
+        "watchdog",
     )  # fmt: skip
 
     def __init__(
@@ -51,21 +52,21 @@ class Work:
         self._models = {id(model) for model in models}
         self._lock = threading.RLock()
         self._tools = 0
-        self.tool_at = -math.inf
-        """When (monotonic seconds) the latest of its tools that still run was begun; minus infinity while none does."""
+        self.latest_tool = 0
+        """Which of all tools of the process the latest of its own was; 0 while none of them runs."""
 
     def tool_begins(self) -> None:
         """Take note that a tool runs in it."""
         with self._lock:
             self._tools += 1
-            self.tool_at = self.watchdog.clock.monotonic()
+            self.latest_tool = next(_tools)
 
     def tool_ended(self) -> None:
         """Take note that a tool of it has ended."""
         with self._lock:
             self._tools -= 1
             if not self._tools:
-                self.tool_at = -math.inf
+                self.latest_tool = 0
 
     def __enter__(self) -> None:
         """Make it the innermost one of this context."""
@@ -176,36 +177,51 @@ def matches(pattern: str, name: str | None) -> bool:
 _innermost: ContextVar[Work | None] = ContextVar("clevagent_crewai_work", default=None)
 _lock = threading.RLock()
 _going_on: list[Work] = []
+_tools = itertools.count(1)
 
 
 def works(model: object | None = None) -> Iterator[Work]:
-    """Give the kickoffs around this context, innermost first; outside of all, the only one that ``model`` belongs to."""
+    """Give the kickoffs around this context, innermost first; outside of all, those that a call of ``model`` belongs to."""
     work = _innermost.get()
     if work is None and model is not None and _going_on:
         with _lock:
             known = [other for other in _going_on if id(model) in other._models]  # noqa: SLF001 - the same module
-        work = _around_all(known)
+        work = _whose(known)
     while work is not None:
         yield work
         work = work.outer
 
 
-def _around_all(known: Sequence[Work]) -> Work | None:
-    """Find the kickoff that a raw thread's call belongs to: the innermost that all of these are, or are a part of.
+def _whose(known: Sequence[Work]) -> Work | None:
+    """Find the kickoff that a raw thread's call belongs to: of those around the run that is active there, else of all.
 
-    Where there is none, it counts as called in the one that began a tool last, so that no call goes unasked; that is told, once.
+    Several unrelated ones may remain. It counts as called in the one that began a tool last, so that no call goes unasked.
     """
     outer = [_chain(work) for work in known]
     leaves = [work for work in known if not any(work in chain[1:] for chain in outer)]
+    leaves = [work for work in leaves if _is_active(work)] or leaves
     if not leaves:
         return None
+    return _around_all(leaves) or _latest(leaves)
+
+
+def _is_active(work: Work) -> bool:
+    """Tell whether the run of this context is one of the kickoff's, or around it."""
+    run = work.watchdog.current.get()
+    return run is not None and (work.run in run.chain() or run in work.run.chain())
+
+
+def _around_all(leaves: Sequence[Work]) -> Work | None:
+    """Find the innermost kickoff that all of these are, or are a part of."""
     first, *others = (_chain(work) for work in leaves)
-    found = next((work for work in first if all(work in chain for chain in others)), None)
-    if found is None:
-        # Of those that run no tool, none has begun a thread that anybody knows of.
-        found = max(leaves, key=lambda work: work.tool_at)
-        if sum(work.tool_at > -math.inf for work in leaves) != 1:
-            found.watchdog.tell_once(_ambiguous(found, len(leaves)), key="kickoffs")
+    return next((work for work in first if all(work in chain for chain in others)), None)
+
+
+def _latest(leaves: Sequence[Work]) -> Work:
+    """Find the one that began a tool last; those that run none have begun no thread that anybody knows of."""
+    found = max(leaves, key=lambda work: work.latest_tool)
+    if sum(work.latest_tool > 0 for work in leaves) != 1:
+        found.watchdog.tell_once(_ambiguous(found, len(leaves)), key="kickoffs")
     return found
 
 
@@ -214,9 +230,10 @@ def _ambiguous(work: Work, count: int) -> Incident:
     return Incident(
         kind="thread",
         message=(
-            f"A model was called in a thread that inherits no kickoff, while {count} kickoffs that use it go on: it cannot be told whose the "
-            "call is, so it counts as called in the one that began a tool last. Start the thread with contextvars.copy_context().run, or "
-            "give each crew a model of its own. (Told once.)"
+            f"A model was called in a thread that inherits no kickoff, while {count} kickoffs that use it go on: it cannot be told "
+            "whose the call is, so it counts as called in the one that began a tool last. Open `with run.activate():` in the thread, "
+            "with the tool's run (clevagent.init() gives a watchdog, and its current_run() is that), or start the thread with "
+            "contextvars.copy_context().run. (Told once.)"
         ),
         agent=watchdog.settings.agent,
         run_id=work.run.run_id,
