@@ -204,7 +204,7 @@ class StallGuard:
                 "seconds": round(since, 3),
                 "in": None if work is None else work.name,
                 "where": None if stack is None else stack.where,
-                "stack": [] if stack is None else [f"{file}:{line} in {function}" for file, line, function in stack.frames],
+                "stack": [] if stack is None else stack.lines(),
             },
         )
 

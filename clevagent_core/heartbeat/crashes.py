@@ -8,8 +8,10 @@ of last resort, which writes to stderr in programs without logging of their own.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
+import uuid
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -19,7 +21,8 @@ logger = logging.getLogger("clevagent")
 
 Tell = Callable[[str, BaseException], None]
 _HEARD = "_clevagent_heard"
-"""Where an exception says who was told of it: an exception cannot be held weakly, and another may later have its ``id``."""
+"""Where an exception says who was told of it: an exception cannot be held weakly, and another may later have its ``id``. Names, so that
+the exception can be pickled as before."""
 _NO_CRASH = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
@@ -29,6 +32,7 @@ class Crashes:
     def __init__(self, tell: Tell) -> None:
         """Tell by ``tell(where, error)``, a bound method, which is held weakly."""
         self._tell = weakref.WeakMethod(tell)
+        self._name = uuid.uuid4().hex
 
     def install(self) -> None:
         """Begin to listen. Safe to call twice."""
@@ -49,13 +53,20 @@ class Crashes:
         if tell is None or isinstance(error, _NO_CRASH):
             return
         try:
-            heard = vars(error).setdefault(_HEARD, [])
-            if self in heard:
-                return
-            heard.append(self)
-            tell(where, error)
+            if self._is_news(error):
+                tell(where, error)
         except Exception:  # whose code: ours; the user's traceback is still to be written
             logger.exception("An exception that nobody caught could not be told.")
+
+    def _is_news(self, error: BaseException) -> bool:
+        try:
+            heard = vars(error).setdefault(_HEARD, [])
+        except Exception:  # whose code: the user's exception, which keeps its attributes in a way of its own
+            return True
+        if self._name in heard:
+            return False
+        heard.append(self._name)
+        return True
 
 
 _listeners: weakref.WeakSet[Crashes] = weakref.WeakSet()
@@ -98,13 +109,23 @@ class _TaskFilter(logging.Filter):
     """Looks at what asyncio logs of tasks whose exception nobody retrieved, and lets everything pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and record.exc_info[1] is not None and "exception was never retrieved" in record.getMessage():
+        # Nothing here may raise, or it would in whoever logs: not record.getMessage(), which formats. asyncio gives no arguments.
+        if isinstance(record.exc_info, tuple) and isinstance(record.msg, str) and "exception was never retrieved" in record.msg:
             _hear("asyncio task", record.exc_info[1])
         return True
 
 
 _task_filter = _TaskFilter()
 _lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    # A thread of the parent's may have held it; in the child nobody would ever let go.
+    global _lock  # noqa: PLW0603 - one for the interpreter, as the hooks are
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _put_hooks() -> None:

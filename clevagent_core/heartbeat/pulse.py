@@ -252,7 +252,8 @@ class Pulse:
                     "type": f"{type(error).__module__}.{type(error).__qualname__}",
                     "where": where,
                     "at": stack.where,
-                    "stack": [f"{file}:{line} in {function}" for file, line, function in stack.frames],
+                    "stack": stack.lines(),
+                    "causes": list(stack.causes),
                 },
             )
         )

@@ -104,6 +104,8 @@ class Sender:
         self._thread: threading.Thread | None = None
         self._client: httpx.Client | None = None
         self._is_stopping = self._has_stopped = False
+        self._is_last_try = False
+        """Whether the try that goes on was begun after the stop; one begun before it may have failed for a reason that is over."""
         self._failing: str | None = None
         """Why nothing can be delivered, as it was told when that began."""
         self.dropped = 0
@@ -138,7 +140,7 @@ class Sender:
         return 0 if self._idle.is_set() else max(1, self._left())
 
     def stop(self, timeout_s: float) -> Leftover:
-        """Deliver what waits, at most ``timeout_s`` seconds and without a second try; keep the rest in the spool. Safe to call twice.
+        """Deliver what waits, at most ``timeout_s`` seconds and with one try; keep the rest in the spool. Safe to call twice.
 
         What is left is told in the log.
         """
@@ -236,7 +238,7 @@ class Sender:
 
         return tenacity.Retrying(
             wait=pause,
-            stop=lambda _: self._is_stopping,
+            stop=lambda _: self._is_last_try,
             retry=tenacity.retry_if_exception_type(DeliveryError),
             before_sleep=self._failed,
             sleep=self._pause,
@@ -279,10 +281,11 @@ class Sender:
         if not rest:
             return Leftover(0, 0)
         gone = None if self._spool is None else self._spool.put(rest)
-        lost = len(rest) if gone is None else min(gone, len(rest))
+        lost = len(rest) if gone is None else gone
         with self._lock:
             self.dropped += lost
-        return Leftover(len(rest) - lost, lost)
+        # With those that have been there since an earlier try.
+        return Leftover(len(self._spool) if self._spool is not None else 0, lost)
 
     def _left(self) -> int:
         with self._lock:
@@ -305,6 +308,7 @@ class Sender:
             DeliveryError: not all of it was taken, and it is worth another try. What is wrong for good is dropped and counted.
 
         """
+        self._is_last_try = self._is_stopping
         while self._reports:
             command_id, result = next(iter(self._reports.items()))
             self._report(command_id, result)

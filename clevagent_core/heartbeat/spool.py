@@ -69,20 +69,9 @@ class Spool:
     def take(self, limit: int) -> list[dict[str, Any]]:
         """Give the oldest beats of this process and of those that are gone, in the order in which they were put."""
         try:
-            with self._lock, self._opened(create=False) as connection:
-                if connection is None:
-                    return []
-                boots = [self._boot_id, *self._gone(connection)]
-                marks = ", ".join("?" * len(boots))
-                found = connection.execute(
-                    f"SELECT body FROM beats WHERE boot_id IN ({marks}) ORDER BY id LIMIT ?",  # noqa: S608 - marks only
-                    (*boots, limit),
-                )
-                return [json.loads(body) for (body,) in found]
-        except (sqlite3.Error, OSError, ValueError) as error:
-            if isinstance(error, sqlite3.DatabaseError) and _is_broken(error):
-                self._set_aside()
-            self._failed(error)
+            return [json.loads(body) for (body,) in self._select("body", "ORDER BY id LIMIT ?", limit)]
+        except ValueError:  # somebody else has written in it
+            self._set_aside()
             return []
 
     def done(self, beats: Beats) -> None:
@@ -98,7 +87,7 @@ class Spool:
 
     def __len__(self) -> int:
         """Tell how many beats wait that ``take`` would give."""
-        return len(self.take(MOST_ROWS + 1))
+        return sum(count for (count,) in self._select("COUNT(*)"))
 
     def close(self) -> None:
         """Close the file."""
@@ -116,6 +105,23 @@ class Spool:
         self._boot_id = boot_id
 
     # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _select(self, what: str, rest: str = "", *parameters: object) -> list[tuple[Any, ...]]:
+        """Read of the beats that this process is to send; nothing where they cannot be read."""
+        try:
+            with self._lock, self._opened(create=False) as connection:
+                if connection is None:
+                    return []
+                boots = [self._boot_id, *self._gone(connection)]
+                marks = ", ".join("?" * len(boots))
+                query = f"SELECT {what} FROM beats WHERE boot_id IN ({marks}) {rest}"  # noqa: S608 - words of this module only
+                found: list[tuple[Any, ...]] = connection.execute(query, (*boots, *parameters)).fetchall()
+                return found
+        except (sqlite3.Error, OSError) as error:
+            if isinstance(error, sqlite3.DatabaseError) and _is_broken(error):
+                self._set_aside()
+            self._failed(error)
+            return []
 
     def _insert(self, rows: Sequence[tuple[object, ...]]) -> int:
         with self._lock, self._opened(create=True) as connection:

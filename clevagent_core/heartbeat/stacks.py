@@ -11,15 +11,16 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import PurePath
-from types import AsyncGeneratorType, CodeType, FrameType
+from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import asyncio
 
-_OPAQUE = frozenset({"async_generator_asend", "async_generator_athrow", "anext_awaitable"})
+_OPAQUE = frozenset({"async_generator_asend", "async_generator_athrow", "anext_awaitable", "coroutine_wrapper"})
 MOST_FRAMES = 50
 """Of more, the middle is left out."""
+_MOST_CAUSES = 10
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - as text, to compare
 _OURS = os.path.join(_ROOT, "clevagent")  # noqa: PTH118 - as above; and clevagent_core and the adapters
 
@@ -37,7 +38,11 @@ class Stack(NamedTuple):
     """Where something stands, and how it got there."""
 
     frames: tuple[Frame, ...]
-    """Outermost first; the last is where it stands."""
+    """Outermost first; the last is where it stands. Of more than :data:`MOST_FRAMES`, the middle is left out."""
+    own: Frame | None = None
+    """The innermost one of the user's own code, also where it is among those left out."""
+    causes: tuple[str, ...] = ()
+    """Of an exception: what it came from, and where that was raised; no texts."""
 
     @property
     def where(self) -> str:
@@ -45,8 +50,8 @@ class Stack(NamedTuple):
         if not self.frames:
             return "unknown"
         last = self.frames[-1]
-        own = next((frame for frame in reversed(self.frames) if _is_users(frame.file)), last)
-        return _show(own) if own is last else f"{_show(own)} (waiting in {_show(last)})"
+        own = self.own or last
+        return _show(own) if own == last else f"{_show(own)} (waiting in {_show(last)})"
 
     def lines(self) -> list[str]:
         """Write each frame in a line."""
@@ -74,24 +79,46 @@ def task_stack(task: asyncio.Task[Any]) -> Stack | None:
 
 def from_exception(error: BaseException) -> Stack:
     """Give the stack of an exception: from where it was caught, or by nobody, to where it was raised."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(_frame(traceback.tb_frame.f_code, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    return _stack(frames)
+    return _stack(_raised(error))._replace(causes=tuple(_causes(error)))
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------------
 
 
-def _stack(frames: Iterator[Frame] | list[Frame]) -> Stack:
-    found = list(frames)
+def _stack(found: list[Frame]) -> Stack:
+    own = next((frame for frame in reversed(found) if _is_users(frame.file)), None)
     if len(found) > MOST_FRAMES:
         half = MOST_FRAMES // 2
         left_out = Frame("...", 0, f"{len(found) - 2 * half} frames left out")
         found = [*found[:half], left_out, *found[-half:]]
-    return Stack(tuple(found))
+    return Stack(tuple(found), own)
+
+
+def _raised(error: BaseException) -> list[Frame]:
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(_frame(traceback.tb_frame.f_code, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    return frames
+
+
+def _causes(error: BaseException) -> Iterator[str]:
+    """Name what an exception came from, nearest first: its causes, and the exceptions of a group."""
+    seen = {id(error)}
+    waiting = _behind(error)
+    while waiting and len(seen) <= _MOST_CAUSES:
+        cause = waiting.pop(0)
+        if id(cause) not in seen:
+            seen.add(id(cause))
+            yield f"Caused by {type(cause).__module__}.{type(cause).__qualname__} at {_stack(_raised(cause)).where}"
+            waiting += _behind(cause)
+
+
+def _behind(error: BaseException) -> list[BaseException]:
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    members = error.exceptions[:_MOST_CAUSES] if isinstance(error, BaseExceptionGroup) else ()
+    return [*members, *([] if cause is None else [cause])]
 
 
 def _frame(code: CodeType, line: int | None) -> Frame:
@@ -130,8 +157,11 @@ def _awaits(task: asyncio.Task[Any]) -> list[Frame]:
     current: Any = task
     while current is not None and id(current) not in seen and len(frames) < 10 * MOST_FRAMES:
         seen.add(id(current))
-        frames += _chain(current.get_coro() if hasattr(current, "get_coro") else None)
-        current = _next(current)
+        try:
+            frames.extend(_chain(current.get_coro() if hasattr(current, "get_coro") else None))
+            current = _next(current)
+        except Exception:  # whose code: a future or an awaitable of the user's; the stall is told with what was found
+            break
     return frames
 
 
@@ -139,8 +169,9 @@ def _chain(awaited: Any) -> Iterator[Frame]:
     """Walk a chain of coroutines and generators, outermost first."""
     for _ in range(10 * MOST_FRAMES):
         if type(awaited).__name__ in _OPAQUE:
-            # What ``async for`` awaits names its generator to the garbage collector only.
-            awaited = next((found for found in gc.get_referents(awaited) if isinstance(found, AsyncGeneratorType)), None)
+            # What ``async for`` awaits, and a coroutine's ``__await__()``, names whose it is to the garbage collector only.
+            awaited = next(filter(_is_awaited, gc.get_referents(awaited)), None)
+            continue
         frame = _first(awaited, "cr_frame", "gi_frame", "ag_frame")
         if frame is not None:
             yield _frame(frame.f_code, frame.f_lineno)
@@ -148,6 +179,10 @@ def _chain(awaited: Any) -> Iterator[Frame]:
         if inner is None:
             return
         awaited = inner
+
+
+def _is_awaited(found: Any) -> bool:
+    return isinstance(found, AsyncGeneratorType | CoroutineType) or type(found).__name__ in _OPAQUE
 
 
 def _first(value: Any, *names: str) -> Any:
@@ -174,32 +209,35 @@ def _waited_by(future: Any) -> list[Any]:
             cells = getattr(callback, "__closure__", None) or ()
             owner = getattr(callback, "__self__", None)
             given = getattr(callback, "args", ())  # of a partial: asyncio.wait_for
-            if (
-                any(_holds(cell, future) for cell in cells)
-                or any(one is future for one in given)
-                or getattr(owner, "_on_completed_fut", None) is future
-            ):
+            if any(_sets(found, future) for found in [owner, *given, *map(_content, cells)]):
                 waiting.append(task)
     return waiting
 
 
-def _holds(cell: Any, future: Any) -> bool:
+def _content(cell: Any) -> Any:
     try:
-        return cell.cell_contents is future
+        return cell.cell_contents
     except ValueError:  # an empty cell
-        return False
+        return None
+
+
+def _sets(found: Any, future: Any) -> bool:
+    """Tell whether a callback that holds ``found`` is to set ``future``. Only task groups, asyncio's and anyio's, are asked for theirs."""
+    return found is future or (type(found).__name__ == "TaskGroup" and getattr(found, "_on_completed_fut", None) is future)
 
 
 def _show(frame: Frame) -> str:
     return f"{'/'.join(PurePath(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
 
 
+_TYPED = ("<string>", "<stdin>", "<python-input", "<ipython")
+"""What code is compiled from that is in no file: of ``python -c``, of a pipe, of the prompt."""
 _PATHS = {name: os.path.join(path, "") for name, path in sysconfig.get_paths().items() if path}  # noqa: PTH118 - as text, to compare
 
 
 def _is_users(file: str) -> bool:
     """Tell whether code is neither Python's, nor of an installed package, nor ours."""
-    if file.startswith("<") and file != "<string>" and not file.startswith("<ipython"):
+    if file.startswith("<") and not file.startswith(_TYPED):
         return False
     if any(file.startswith(_PATHS[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib") if name in _PATHS):
         return False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -312,6 +315,16 @@ def test_a_receiver_that_never_answers_holds_the_end_up_to_the_deadline_only(mak
     assert len(spool_at(path, boot="boot-2")) == 1
 
 
+def test_a_try_that_fails_only_after_the_stop_is_no_reason_to_give_up(make, receiver):
+    receiver.react(status=503, delay_s=0.3, times=1)
+    sender = make()
+    sender.send(beat(1))
+    while not receiver.requests:
+        time.sleep(0.001)
+    assert sender.stop(10) == Leftover(spooled=0, lost=0)
+    assert seqs(receiver) == [1]
+
+
 def test_after_its_end_a_sender_takes_nothing(make, receiver):
     sender = make()
     sender.stop(1)
@@ -372,6 +385,18 @@ def test_a_broken_file_is_set_aside_and_nothing_of_it_is_lost(path, caplog, cont
     assert [found["seq"] for found in spool.take(10)] == [1]
     assert Path(f"{path}.broken").read_bytes() == content
     assert "was renamed to" in caplog.text
+    spool.close()
+
+
+def test_a_beat_in_which_somebody_has_written_stops_no_others(path, caplog):
+    spool = spool_at(path)
+    spool.put([beat(1)])
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE beats SET body = '{'")
+    assert spool.take(10) == []
+    assert "was renamed to" in caplog.text
+    assert spool.put([beat(2)]) == 0
+    assert [found["seq"] for found in spool.take(10)] == [2]
     spool.close()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.util
 import socket
 import threading
 import time
 
+import anyio
 import pytest
 
 from clevagent_core.heartbeat.stacks import MOST_FRAMES, Frame, Stack, from_exception, task_stack, thread_stack
@@ -46,6 +49,49 @@ async def waits(future):
     await asyncio.wait([asyncio.create_task(stuck(future))])
 
 
+async def groups_by_anyio(future):
+    async with anyio.create_task_group() as group:
+        group.start_soon(stuck, future)
+
+
+async def gathers_gathers(future):
+    await asyncio.gather(asyncio.sleep(0), asyncio.gather(stuck(future)))
+
+
+async def enters(future):
+    @contextlib.asynccontextmanager
+    async def manager():
+        await stuck(future)
+        yield
+
+    async with manager():
+        pass
+
+
+async def awaits_its_own(future):
+    class Own:
+        def __await__(self):
+            return (yield from stuck(future).__await__())
+
+    await Own()
+
+
+async def awaits_what_wraps_a_coroutine(future):
+    class Request:
+        def __await__(self):
+            return stuck(future).__await__()
+
+    await Request()
+
+
+async def takes_the_next(future):
+    async def numbers():
+        await stuck(future)
+        yield 1
+
+    await anext(numbers(), None)
+
+
 async def generates(future):
     async def numbers():
         yield 1
@@ -55,7 +101,26 @@ async def generates(future):
         pass
 
 
-@pytest.mark.parametrize("how", [stuck, gathers, groups, nests, shields, limits, waits_for, waits, generates])
+@pytest.mark.parametrize(
+    "how",
+    [
+        stuck,
+        gathers,
+        gathers_gathers,
+        groups,
+        groups_by_anyio,
+        nests,
+        shields,
+        limits,
+        waits_for,
+        waits,
+        generates,
+        enters,
+        awaits_its_own,
+        awaits_what_wraps_a_coroutine,
+        takes_the_next,
+    ],
+)
 def test_a_task_is_followed_to_the_line_that_nobody_answers(how):
     async def main():
         future = asyncio.get_running_loop().create_future()
@@ -119,6 +184,122 @@ def test_a_blocking_call_in_async_code_is_told_as_the_thread_stands():
     assert any(frame.function == "work" for frame in stack.frames)
 
 
+@pytest.fixture
+def library(tmp_path):
+    """A module of an installed package that calls back from deep inside."""
+    path = tmp_path / "site-packages" / "library.py"
+    path.parent.mkdir()
+    path.write_text("def dive(depth, then):\n    return then() if depth == 0 else dive(depth - 1, then)\n")
+    spec = importlib.util.spec_from_file_location("library", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_users_line_is_told_however_many_frames_of_libraries_lie_around_it(library):
+    released = threading.Event()
+
+    def node():
+        library.dive(60, block_in_library)
+
+    def block_in_library():
+        return library.dive(60, released.wait)
+
+    thread = threading.Thread(target=lambda: library.dive(60, node))
+    thread.start()
+    while (stack := thread_stack(thread.ident)).frames[-1].function != "wait" or "threading" not in stack.frames[-1].file:
+        time.sleep(0)
+    released.set()
+    thread.join()
+    assert stack.where.startswith(
+        f"heartbeat/test_stacks.py:{block_in_library.__code__.co_firstlineno + 1} in block_in_library (waiting in "
+    )
+    assert not any(frame.function == "block_in_library" for frame in stack.frames)
+
+
+def test_a_thread_that_waits_for_a_lock_is_told_with_the_users_line():
+    lock = threading.Lock()
+
+    def take():
+        with lock:
+            pass
+
+    lock.acquire()
+    thread = threading.Thread(target=take)
+    thread.start()
+    while (stack := thread_stack(thread.ident)).frames[-1].function != "take":
+        time.sleep(0)
+    lock.release()
+    thread.join()
+    assert stack.where == f"heartbeat/test_stacks.py:{take.__code__.co_firstlineno + 1} in take"
+
+
+class _Strange:
+    """A future of somebody's own, which knows no other attribute."""
+
+    _asyncio_future_blocking = False
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+
+    def get_loop(self):
+        return self.loop
+
+    def add_done_callback(self, callback, *, context=None):
+        self.callback = callback
+
+    def result(self):
+        return None
+
+    def cancel(self, msg=None):
+        return False
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __await__(self):
+        self._asyncio_future_blocking = True
+        yield self
+
+
+def test_what_a_strange_future_answers_is_no_error_of_ours():
+    async def waits_for_it(strange):
+        await strange
+
+    async def main():
+        strange = _Strange()
+        task = asyncio.create_task(waits_for_it(strange))
+        await asyncio.sleep(0)
+        stack = task_stack(task)
+        asyncio.get_running_loop().call_soon(strange.callback, strange)
+        await task
+        return stack
+
+    assert asyncio.run(main()).frames[0].function == "waits_for_it"
+
+
+def test_tasks_that_wait_for_each_other_are_told_and_not_followed_for_ever():
+    async def first():
+        await tasks[1]
+
+    async def second():
+        await tasks[0]
+
+    async def main():
+        tasks.extend([asyncio.create_task(first()), asyncio.create_task(second())])
+        await asyncio.sleep(0)
+        return task_stack(tasks[0])
+
+    tasks = []
+    loop = asyncio.new_event_loop()
+    stack = loop.run_until_complete(main())
+    assert [frame.function for frame in stack.frames] == ["first", "second"]
+    for task in tasks:  # nobody can cancel a ring of them
+        task._log_destroy_pending = False
+        task.get_coro().close()
+    loop.close()
+
+
 def test_a_thread_that_has_ended_stands_nowhere():
     thread = threading.Thread(target=lambda: None)
     thread.start()
@@ -154,3 +335,38 @@ def test_an_exception_is_told_from_where_it_was_caught_to_where_it_was_raised():
 def test_nothing_is_nowhere():
     assert Stack(()).where == "unknown"
     assert Stack((Frame("/usr/lib/elsewhere.py", 3, "go"),)).where == "lib/elsewhere.py:3 in go"
+
+
+def test_of_an_exception_its_causes_are_told_without_their_texts():
+    def fail():
+        raise ValueError("secret")
+
+    try:
+        try:
+            fail()
+        except ValueError as cause:
+            raise KeyError("secret") from cause
+    except KeyError as error:
+        stack = from_exception(error)
+    place = f"heartbeat/test_stacks.py:{fail.__code__.co_firstlineno + 1} in fail"
+    assert stack.causes == (f"Caused by builtins.ValueError at {place}",)
+    assert "secret" not in str(stack)
+
+
+def test_of_a_group_each_exception_is_told_up_to_a_few_and_a_ring_ends():
+    error = ExceptionGroup("secret", [ValueError(number) for number in range(1000)])
+    assert 1 <= len(from_exception(error).causes) <= 10
+    ring = KeyError()
+    ring.__cause__ = ValueError()
+    ring.__cause__.__cause__ = ring
+    assert len(from_exception(ring).causes) == 1
+
+
+def test_an_exception_that_was_raised_from_none_tells_no_cause():
+    try:
+        try:
+            raise ValueError
+        except ValueError:
+            raise KeyError from None
+    except KeyError as error:
+        assert from_exception(error).causes == ()
