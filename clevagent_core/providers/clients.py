@@ -352,15 +352,7 @@ def _meter(kwargs: dict[str, Any]) -> dict[str, Any]:
 _LAYER = "_clevagent_layer"
 
 
-def guard_client(
-    client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None
-) -> Any:
-    """Make a guarded copy of ``client``, of a subclass of its class. It shares the connections.
-
-    Raises:
-        UsageError: a budget that a client cannot hold, or an action that it cannot carry out.
-
-    """
+def _guarded(client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None) -> Any:
     check_actions(budgets, where="guard(client)")
     if on_exceed is not None and not budgets:
         raise UsageError(
@@ -483,24 +475,37 @@ def _process_metered(base: Callable[..., Any], current: Callable[[], Callable[..
 # -- all clients of the process -------------------------------------------------------------------------------------------
 
 
-class Attachment:
-    """The guards around every client of one SDK. Safe to use from any thread."""
+class Clients:
+    """The clients of one SDK, each guarded by itself or all of them. Safe to use from any thread."""
 
-    def __init__(self, plan: Planner) -> None:
-        """Around nothing yet."""
+    def __init__(self, classes: tuple[type[Any], ...], plan: Planner) -> None:
+        """Guard none yet. ``classes`` are those that every client is one of."""
+        self._classes = classes
         self._plan = plan
         self._lock = threading.RLock()
         self._layers: tuple[Layer, ...] = ()
         self._replaced: dict[tuple[type[Any], str], tuple[Any, Any]] = {}
         """What stood there before, and what we have put there."""
 
-    def attach(self, watchdog: Watchdog, classes: Sequence[type[Any]]) -> None:
-        """Ask ``watchdog`` before each request of a client of ``classes``, beside those that are asked already."""
+    def guard(self, obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None) -> object | None:
+        """Make a guarded copy of a client, of a subclass of its class; ``None`` for anything else. It shares the connections.
+
+        Raises:
+            UsageError: a budget that a client cannot hold, or an action that it cannot carry out.
+
+        """
+        if not isinstance(obj, self._classes):
+            return None
+        guarded: object = _guarded(obj, self._plan, watchdog, budgets, on_exceed)
+        return guarded
+
+    def attach(self, watchdog: Watchdog) -> None:
+        """Ask ``watchdog`` before each request of every client, made before or later, beside those that are asked already."""
         with self._lock:
             if any(layer.watchdog is watchdog for layer in self._layers):
                 return
             self._layers = (*self._layers, Layer(self._plan, watchdog))
-            for client_class in classes:
+            for client_class in self._classes:
                 self._replace(client_class, "request", lambda base: _request_through(base, lambda _: self._layers))
                 self._replace(client_class, "_process_response", _process_metered)
 
