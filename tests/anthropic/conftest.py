@@ -27,8 +27,9 @@ def provider() -> Iterator[LoopbackProvider]:
 
 
 @pytest.fixture
-def client(provider: LoopbackProvider) -> anthropic.Anthropic:
-    return clevagent.guard(anthropic.Anthropic(api_key="test", base_url=provider.anthropic_url))
+def client(provider: LoopbackProvider) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(api_key="test", base_url=provider.anthropic_url) as client:
+        yield clevagent.guard(client)
 
 
 @pytest.fixture(scope="session")

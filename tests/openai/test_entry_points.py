@@ -119,7 +119,8 @@ ENTRY_POINTS = [
 def client(provider):
     provider.reset([Reply(text='{"value": 1}')])
     # What this model costs the loopback provider is what the price list says.
-    return clevagent.guard(openai.OpenAI(api_key="test", base_url=provider.openai_url))
+    with openai.OpenAI(api_key="test", base_url=provider.openai_url) as client:
+        yield clevagent.guard(client)
 
 
 @pytest.mark.parametrize("call", ENTRY_POINTS, ids=lambda call: call.__name__)

@@ -17,7 +17,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
 
 @pytest.fixture
 def client(provider):
-    return clevagent.guard(openai.OpenAI(api_key="test", base_url=provider.openai_url))
+    with openai.OpenAI(api_key="test", base_url=provider.openai_url) as client:
+        yield clevagent.guard(client)
 
 
 def sent(provider):
