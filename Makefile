@@ -47,7 +47,7 @@ bench: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/python benchmarks/clients.py
 	$(BIN)/python benchmarks/graphs.py
 	$(CREWAI)/bin/python benchmarks/crews.py
-	$(BIN)/python -m benchmarks.results
+	$(BIN)/python -m benchmarks.results --readme
 
 # ClevAgent beside others, in an environment of their own; the table of README.md follows.
 bench-peers: $(PEERS_STAMP)

@@ -269,7 +269,7 @@ def exact_rows(runner: asyncio.Runner) -> tuple[bool, Section]:
             rows.append((name, *cells))
             print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells))
     note = "Ten calls fit, 50 are tried: billed by the provider (and recorded), as shares of the ceiling."
-    return held, Section(title="ClevAgent's ceilings, each way in", header=("", *modes), rows=rows, note=note)
+    return held, Section(title="ClevAgent's ceilings, each way in", header=("", *modes), rows=rows, note=note, marker="ways-in")
 
 
 def worker(name: str, url: str, ledger: str, ceiling: str) -> None:

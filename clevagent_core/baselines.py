@@ -23,6 +23,8 @@ KEPT = 100
 """How many samples are kept of a series: the latest."""
 _FRESH_S = 60.0
 """How long samples are taken as read: other processes may have added some to a ledger that they share."""
+_MOST = 2**63 - 1
+"""What a ledger can hold; nothing is usual above that."""
 SERIES = ("run_cost", "beat_tokens")
 """What is remembered: pico-USD of a whole run, tokens of one beat."""
 
@@ -86,9 +88,9 @@ class Baselines:
             found: Any = given.get(series)
             try:
                 baseline = Baseline(float(found["median"]), float(found["spread"]), int(found["samples"]))
-            except (TypeError, KeyError, ValueError):
+            except (TypeError, KeyError, ValueError, OverflowError):
                 continue
-            if baseline.samples >= LEARNING and baseline.median >= 0 and baseline.spread >= 0:
+            if baseline.samples >= LEARNING and 0 <= baseline.median <= _MOST and 0 <= baseline.spread <= _MOST:
                 self._told[series] = baseline
 
     def after_fork(self) -> None:

@@ -34,6 +34,9 @@ GRACEFUL = {"halt": "end a framework's work with what there is so far", "ask": "
 ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
 """The published names of the two oldest actions."""
 
+_MOST = 1_000_000_000
+"""Above that neither seconds (31 years) nor multiples were meant as a limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -122,9 +125,10 @@ class Budget:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value <= _MOST:
                 raise UsageError(
-                    f"Budget({name}={value!r}) is no limit, so nothing could be compared with it. Give a number above {least}, for example Budget({example})."
+                    f"Budget({name}={value!r}) is no limit, so nothing could be compared with it. Give a number above {least} and up to "
+                    f"{_MOST:,}, for example Budget({example})."
                 )
             if self.per != "run":
                 raise UsageError(

@@ -180,7 +180,7 @@ class Control:
         for item in given:
             try:
                 budgets.append(_budget(item))
-            except (UsageError, TypeError) as error:
+            except (UsageError, TypeError, OverflowError) as error:
                 # What cannot be understood tightens nothing; the rest does.
                 logger.warning("The monitor set a ceiling that cannot be used, and it was left out: %.200r (%s)", item, error)
         self._tighter.clear()

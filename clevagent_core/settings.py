@@ -276,14 +276,22 @@ class Settings:
             )
         for name in ("api_key", "endpoint", "spool"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                is_secret = name == "api_key" and not isinstance(value, str)
+                shown = f"api_key, a {type(value).__name__}," if is_secret else f"{name}={value!r}"
+                raise UsageError(f"{shown} is no text, so the monitor could not be reached with it. Give it, or leave it out.")
+        if self.api_key is not None:
+            # Keys that come out of a file end with its newline.
+            object.__setattr__(self, "api_key", self.api_key.strip())
+            if not re.fullmatch(r"[!-~]+", self.api_key):
                 raise UsageError(
-                    f"{name}={value!r} is no text, so the monitor could not be reached with it. Give it, or leave it out."
+                    "api_key has characters that cannot be sent in a header: spaces, control characters, or letters outside of ASCII (it is "
+                    "not shown here). Give the key as the monitor shows it."
                 )
-        if self.endpoint is not None and not re.match(r"https?://[^/\s]", self.endpoint):
+        if self.endpoint is not None and not _is_address(self.endpoint):
             raise UsageError(
-                f"endpoint={self.endpoint!r} is no address, so no heartbeat could be sent there. Write it with its scheme, for example "
-                "endpoint='https://monitor.example.com'."
+                f"endpoint={re.sub('//.*@', '//...@', self.endpoint)!r} is no address, so no heartbeat could be sent there. Write it with its scheme, "
+                "without a user's name, query or fragment, for example endpoint='https://monitor.example.com'."
             )
 
     def _check_stalls(self) -> None:
@@ -372,3 +380,16 @@ def _unknown(name: str, known: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return f"{name!r} is no {what} of ClevAgent, so nothing would come of it. {hint}Known are: {', '.join(sorted(known))}."
+
+
+def _is_address(text: str) -> bool:
+    """Tell whether requests can be sent there. One with a password in it is none: it would stand in logs."""
+    from urllib.parse import urlsplit  # noqa: PLC0415 - only where a monitor is named
+
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # read, so that it is checked
+    except ValueError:
+        return False
+    is_plain = not (parts.query or parts.fragment or "@" in parts.netloc) and re.search(r"[\s\x00-\x1f]", text) is None
+    return parts.scheme in {"http", "https"} and bool(parts.hostname) and is_plain

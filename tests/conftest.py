@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib.util
 import os
@@ -36,9 +35,6 @@ import clevagent
 from clevagent.testing import FakeClock
 from clevagent_core import default
 
-for _folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME"):
-    atexit.register(shutil.rmtree, os.environ[_folder], ignore_errors=True)
-
 # A machine that has other work to do says nothing about a test.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
 settings.load_profile("any machine")
@@ -68,6 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
         warnings.simplefilter("ignore")  # what CrewAI's own imports warn of
         import crewai  # noqa: F401 - for all that follow
         import litellm  # noqa: F401 - the same
+
+
+def pytest_unconfigure() -> None:
+    # Not atexit: the workers of pytest-xdist end without it.
+    for folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME"):
+        shutil.rmtree(os.environ[folder], ignore_errors=True)
 
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})

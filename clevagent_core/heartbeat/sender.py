@@ -35,6 +35,9 @@ QUEUE = 1000
 BATCH = 100
 """How many beats one request carries."""
 TIMEOUT_S = 5.0
+"""How long to wait for a connection, for each piece of an answer, and for all of it once it has begun."""
+MOST_BYTES = 1_000_000
+"""How much of an answer is read."""
 LONGEST_PAUSE_S = 60.0
 """The longest time between two tries, unless the receiver asks for more."""
 REFUSED_PAUSE_S = 300.0
@@ -191,6 +194,10 @@ class Sender:
                 self._deliver_all()
             except Exception:  # whose code: ours; a fault in one round must not end the sending
                 logger.exception("The heartbeat sender failed, and goes on with the next beat.")
+                # Else it would fail with these for ever.
+                with self._lock:
+                    self.dropped += len(self._in_hand)
+                self._delivered(len(self._in_hand))
             with self._lock:
                 if not self._is_stopping:
                     continue
@@ -361,21 +368,30 @@ class Sender:
             headers = {**self._headers, "User-Agent": f"clevagent/{__version__}", "Content-Type": "application/json"}
             self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=False)
         try:
-            response = self._client.post(self._base + path, content=json.dumps(body).encode())
+            with self._client.stream("POST", self._base + path, content=json.dumps(body).encode()) as response:
+                said = self._read(response)
         except httpx.HTTPError as error:
             raise DeliveryError(f"{self._base} cannot be reached ({error!r}).", permanent=False) from error
         except (httpx.InvalidURL, httpx.CookieConflict) as error:
             raise DeliveryError(f"{self._base} is no address ({error}).", permanent=False, retry_after_s=REFUSED_PAUSE_S) from error
         if response.is_success:
             try:
-                return response.json()
-            except ValueError:  # something in between has answered; it was taken all the same, for all that can be told
+                return json.loads(said)
+            except (ValueError, RecursionError):  # something in between has answered; for all that can be told it was taken
                 return None
-        raise self._refused(response)
+        raise self._refused(response, said[:200].decode(errors="replace"))
 
-    def _refused(self, response: httpx.Response) -> DeliveryError:
+    def _read(self, response: httpx.Response) -> bytes:
+        """Read an answer, or its beginning where it is no answer of a monitor: without end, or piece by piece for ever."""
+        said, until = bytearray(), self._clock.monotonic() + TIMEOUT_S
+        for piece in response.iter_bytes():
+            said += piece
+            if len(said) > MOST_BYTES or self._clock.monotonic() > until:
+                break
+        return bytes(said)
+
+    def _refused(self, response: httpx.Response, said: str) -> DeliveryError:
         status = response.status_code
-        said = response.text[:200]
         if status in _OF_THE_BEAT:
             return DeliveryError(f"{self._base} answered {status}: {said}", permanent=True)
         asked = _retry_after(response.headers.get("Retry-After"), self._clock.wall())

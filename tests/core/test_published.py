@@ -83,6 +83,40 @@ def test_a_key_stands_in_no_message(init):
     assert "cv_other" not in message_of(init, **{**SERVICE, "api_key": "cv_other"})
 
 
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "two words", "two\nlines", b"cv_secret", 5])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(init, key):
+    with pytest.raises(UsageError, match="api_key") as refused:
+        init(**{**SERVICE, "api_key": key})
+    assert str(key) not in str(refused.value)
+
+
+def test_a_key_out_of_a_file_may_end_with_its_newline(init):
+    assert init(**{**SERVICE, "api_key": "cv_secret\n"}).settings.api_key == "cv_secret"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "monitor:8080",
+        "ftp://monitor",
+        "http://",
+        "http://mon itor",
+        "http://monitor:99999",
+        "http://monitor/?key=1",
+        "http://monitor#x",
+    ],
+)
+def test_an_endpoint_to_which_nothing_can_be_sent_is_refused(init, address):
+    with pytest.raises(UsageError, match="is no address"):
+        init(**{**SERVICE, "endpoint": address})
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_shown(init):
+    assert message_of(init, **{**SERVICE, "endpoint": "https://ana:hunter2@monitor/"}) == snapshot(
+        "endpoint='https://...@monitor/' is no address, so no heartbeat could be sent there. Write it with its scheme, without a user's name, query or fragment, for example endpoint='https://monitor.example.com'."
+    )
+
+
 @pytest.mark.parametrize("wrong", [{"api_key": ""}, {"endpoint": 5}, {"interval": 0}, {"interval": "soon"}, {"auto_cost": "yes"}])
 def test_what_cannot_be_meant_is_refused(init, wrong):
     assert str(next(iter(wrong.values()))) in message_of(init, **wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,6 +150,11 @@ def test_what_the_monitor_says_is_usual_counts_while_the_agent_is_new(make, hear
         {"run_cost": 5},
         {"run_cost": {"median": "x", "spread": 0, "samples": 40}},
         {"run_cost": {"median": -1, "spread": 0, "samples": 40}},
+        {"run_cost": {"median": math.inf, "spread": 0, "samples": 40}},
+        {"run_cost": {"median": math.nan, "spread": 0, "samples": 40}},
+        {"run_cost": {"median": 1e300, "spread": 0, "samples": 40}},
+        {"run_cost": {"median": 10**400, "spread": 0, "samples": 40}},
+        {"run_cost": {"median": 1, "spread": 0, "samples": math.inf}},
     ],
 )
 def test_nonsense_of_the_monitor_changes_nothing(make, nonsense):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import tomllib
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
 
 
+@pytest.fixture
+def own_signals():
+    """What a page does about SIGTERM is over with it: whatever forks later would inherit that."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_the_page_shows(page, monkeypatch, tmp_path, capsys):
     """The blocks of a page share one namespace, like a reader's session; models talk to a provider on this machine.

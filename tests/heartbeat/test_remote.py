@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import pickle
 import threading
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from inline_snapshot import snapshot
 
 from clevagent import Budget, BudgetExceeded, LLMCall, RemoteStop, Usage
@@ -134,6 +137,37 @@ def test_an_answer_that_makes_no_sense_changes_nothing(make, reports, answer):
     watchdog.control.apply(answer, lambda *report: reports.append(report))
     spend(watchdog.process_run)
     assert reports == []
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400), st.just([]), st.just({}),
+    st.sampled_from(["run", "day", "stop", "pause", "1e999", "nan"]),
+)  # fmt: skip
+NAMES = st.sampled_from([field.name for field in dataclasses.fields(Budget)])
+BASELINE = st.fixed_dictionaries({}, optional=dict.fromkeys(("median", "spread", "samples"), ODD))
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "budgets": ODD | st.lists(ODD | st.dictionaries(NAMES, ODD, max_size=4), max_size=3),
+            "baselines": ODD | st.fixed_dictionaries({}, optional={"run_cost": BASELINE | ODD, "beat_tokens": BASELINE}),
+            "commands": ODD | st.lists(ODD | st.dictionaries(st.sampled_from(["id", "run_id", "by", "reason"]), ODD), max_size=3),
+        },
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_answer_that_a_monitor_may_give_breaks_a_call(make, answer):
+    watchdog = make(budgets=[Budget(usd=1, name="day", per="day")])
+    watchdog.control.apply(answer, lambda *_: None)
+    watchdog.pulse.beat()
+    with watchdog.run() as run:
+        try:
+            spend(run)
+        except BudgetExceeded as refused:
+            assert "set by the monitor" in str(refused)
+    watchdog.pulse.beat()
 
 
 # -- pause ------------------------------------------------------------------------------------------------------------------

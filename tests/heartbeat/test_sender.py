@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socketserver
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +101,34 @@ def test_answers_are_handed_on(make, receiver):
     sender.send(beat(1))
     assert sender.flush(10) == 0
     assert [answer["budgets"] for answer in answers] == [[{"name": "day", "usd": 1.0}]]
+
+
+@pytest.fixture
+def endless():
+    """The address of what answers every request with 200 and a body that never ends."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.request.sendall(b"[" * 65536)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(make, endless):
+    sender = make(endpoint=endless)
+    for seq in (1, 2, 3):
+        sender.send(beat(seq))
+    assert sender.flush(10) == 0
+    assert sender.dropped == 0
 
 
 def test_an_answer_that_cannot_be_carried_out_is_told_and_stops_nothing(make, receiver, caplog):
