@@ -101,11 +101,6 @@ class Control:
             found = self._tighter[key] = Tighter(**limits, **scope, of=budget)
         return found
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether calls wait, somewhere: what waits is not stalled."""
-        return any(stop.incident.kind == "paused" for stop in self.stops.values())
-
     def apply(self, answer: Mapping[str, Any], report: Callable[[str, Mapping[str, Any]], None]) -> None:
         """Carry out what an answer of the monitor asks for; ``report`` tells it, by the command's id, what became of it.
 

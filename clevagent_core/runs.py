@@ -25,7 +25,7 @@ from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.progress import Progress
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
-from clevagent_core.tickets import Reservation, Ticket, Work, current_task, release_all
+from clevagent_core.tickets import Reservation, Ticket, Wait, Work, current_task, release_all
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
@@ -499,11 +499,15 @@ class Run:
 
     @contextmanager
     def _listening(self, wake: Callable[[], object]) -> Iterator[None]:
-        """Have ``wake`` called whenever what made a call wait may be over."""
+        """Have ``wake`` called whenever what made a call wait may be over. Meanwhile nothing else is expected of the run."""
         ends = [self.watchdog.ledger.changes.subscribe(wake), self.watchdog.control.changes.subscribe(wake)]
+        waiting = Wait(self, "wait")
+        self.root.open_work[waiting] = None
         try:
             yield
         finally:
+            self.progress.moved_at = self.watchdog.clock.monotonic()
+            self.finish(waiting)
             for end in ends:
                 end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import sys
 import threading
@@ -78,14 +79,23 @@ class Work:
 
     __slots__ = ("moved_at", "name", "task", "thread")
 
-    timeout_s = None
+    timeout_s: float | None = None
+    """How long it may take, in seconds; ``None``: nobody knows."""
 
     def __init__(self, run: Run, name: str) -> None:
-        """Made by ``Run.begin`` only."""
+        """Made by ``Run`` only."""
         self.name = name
         self.thread = threading.get_ident()
         self.moved_at = run.watchdog.clock.monotonic()
         self.task = current_task()
+
+
+class Wait(Work):
+    """A call that waits to be let through: for money that others hold, or for a pause to end."""
+
+    __slots__ = ()
+
+    timeout_s = math.inf
 
 
 class Ticket:

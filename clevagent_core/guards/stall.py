@@ -151,8 +151,6 @@ class StallGuard:
             return math.inf  # it goes on in the parent
         work = list(run.open_work)
         moved_at = max([progress.moved_at, *(item.moved_at for item in work)])
-        if self._watchdog.control.is_paused:
-            return self._watchdog.clock.monotonic() + self._default_s
         if work:
             return moved_at + max(self._allowance(item) for item in work)
         if run is not self._watchdog.process_run:

@@ -249,13 +249,40 @@ def test_sync_code_in_an_event_loop_cannot_wait_and_is_refused(make, ask):
     asyncio.run(main())
 
 
-def test_a_paused_agent_is_not_stalled(make, ask, clock, listener):
+def test_a_call_that_waits_for_a_pause_to_end_is_not_stalled(make, ask, clock, listener):
     watchdog = make(stall_after=60)
-    with watchdog.run():
-        ask(watchdog, PAUSE)
-        clock.advance(3600)
+    ask(watchdog, PAUSE)
+    spent, go_on = threading.Event(), threading.Event()
+
+    def work():
+        with watchdog.run() as run:
+            spend(run)
+            spent.set()
+            go_on.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert clock.wait_for_waiters(1)
+    clock.advance(3600)
+    ask(watchdog, RESUME)
+    assert spent.wait(10)
+    clock.advance(59)
+    watchdog.flush()
+    assert listener.of_kind("stall") == []
+    clock.advance(2)
+    watchdog.flush()
+    assert len(listener.of_kind("stall")) == 1
+    go_on.set()
+    worker.join(10)
+
+
+def test_a_run_that_calls_nothing_is_stalled_also_while_others_are_paused(make, ask, clock, listener):
+    watchdog = make(stall_after=60)
+    with watchdog.run() as run:
+        ask(watchdog, {**PAUSE, "run_id": "another"})
+        clock.advance(61)
         watchdog.flush()
-        assert listener.of_kind("stall") == []
+        assert [incident.run_id for incident in listener.of_kind("stall")] == [run.run_id]
 
 
 # -- ceilings ---------------------------------------------------------------------------------------------------------------
