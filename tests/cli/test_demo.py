@@ -287,7 +287,7 @@ def start(*args, **given):
     return process
 
 def interrupt():
-    if provider.wait_for_requests(2, timeout_s=60):
+    if provider.wait_for_requests(2, timeout_s=200):
         os.kill(os.getpid(), signal.SIGINT)
 
 subprocess.Popen = start
@@ -315,7 +315,7 @@ def test_a_demo_that_is_interrupted_leaves_no_process_and_no_file(tmp_path):
     pytest.importorskip("langchain_openai")
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", INTERRUPTED]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     pids = list(map(int, done.stdout.split()))
     assert len(pids) == 5
