@@ -96,6 +96,7 @@ class _SystemTimer:
     def stop(self) -> None:
         """See :meth:`Timer.stop`."""
         self.is_stopped = True
+        self._timers.changed.set()
 
     def run(self) -> float | None:
         work = self.work()
@@ -109,7 +110,7 @@ class _SystemTimer:
 
 
 class _Timers:
-    """One daemon thread that does, at their times, what several timers ask for; started by the first of them."""
+    """One daemon thread that does, at their times, what several timers ask for; it is there as long as there are any."""
 
     def __init__(self) -> None:
         self._reset()
@@ -135,8 +136,8 @@ class _Timers:
                     self._thread.start()
         self.changed.set()
 
-    def next(self) -> tuple[_SystemTimer | None, float]:
-        """Give the timer that is due, or how many seconds there are until the next is."""
+    def next(self) -> tuple[_SystemTimer | None, float | None]:
+        """Give the timer that is due, or how many seconds there are until the next is; neither where the thread is to end."""
         with self._lock:
             self.changed.clear()
             while self._heap:
@@ -150,7 +151,8 @@ class _Timers:
                 heapq.heappop(self._heap)
                 timer.due = float("inf")
                 return timer, 0
-            return None, _IDLE_S
+            self._thread = None
+            return None, None
 
 
 _IDLE_S = 5.0
@@ -164,6 +166,8 @@ def _work(reference: weakref.ref[_Timers]) -> None:
             return
         timer, left = timers.next()
         event = timers.changed
+        if left is None:
+            return
         if timer is None:
             # Without a hold on them: a watchdog that is dropped takes its thread along.
             del timers

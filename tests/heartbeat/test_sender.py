@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clevagent import Beat
+from clevagent import Beat, Watchdog
 from clevagent.testing import FakeClock, HeartbeatReceiver
 from clevagent_core.clock import SystemClock
 from clevagent_core.heartbeat.sender import QUEUE, Leftover, Sender
@@ -353,6 +353,18 @@ def test_a_try_that_fails_only_after_the_stop_is_no_reason_to_give_up(make, rece
         time.sleep(0.001)
     assert sender.stop(10) == Leftover(spooled=0, lost=0)
     assert seqs(receiver) == [1]
+
+
+def test_a_watchdog_that_was_shut_down_leaves_no_thread_behind(receiver):
+    before = set(threading.enumerate())
+    watchdog = Watchdog(agent="research", endpoint=receiver.url, spool="off")
+    with watchdog.run():
+        ours = set(threading.enumerate()) - before
+    watchdog.shutdown()
+    for thread in ours:
+        thread.join(10)
+    assert {thread.name for thread in ours} >= {"clevagent-timers", "clevagent-sender"}
+    assert [thread.name for thread in ours if thread.is_alive() and thread.name.startswith("clevagent")] == []
 
 
 def test_after_its_end_a_sender_takes_nothing(make, receiver):
