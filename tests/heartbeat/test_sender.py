@@ -358,8 +358,8 @@ def test_a_try_that_fails_only_after_the_stop_is_no_reason_to_give_up(make, rece
 def test_a_watchdog_that_was_shut_down_leaves_no_thread_behind(receiver):
     before = set(threading.enumerate())
     watchdog = Watchdog(agent="research", endpoint=receiver.url, spool="off")
-    with watchdog.run():
-        ours = set(threading.enumerate()) - before
+    assert receiver.wait_for(1)
+    ours = set(threading.enumerate()) - before
     watchdog.shutdown()
     for thread in ours:
         thread.join(10)
