@@ -105,7 +105,8 @@ def test_the_counter_counts_what_is_taken_even_if_it_is_given_back(counting: Mod
 
     floor = counting.blocks_taken(lambda: None, repeats=REPEATS)
     assert counting.blocks_taken(hundred, repeats=REPEATS) - floor == pytest.approx(100, abs=3)
-    assert abs(counting.blocks_left(hundred, 100)) < 10
+    # Other threads of the process may end meanwhile.
+    assert min(abs(counting.blocks_left(hundred, 100)) for _ in range(3)) < 10
 
 
 def test_what_stays_is_counted(counting: ModuleType) -> None:
