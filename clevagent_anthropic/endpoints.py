@@ -15,6 +15,8 @@ from clevagent_core.providers.requests import has_key
 
 _PRICED = re.compile(r"(?:^|/)(messages|complete)$")
 _UNPRICED = re.compile(r"(?:^|/)(?:messages/batches|sessions/[^/]+/events|deployments/[^/]+/run|dreams)$")
+_FREE = re.compile(r"(?:^|/)(?:messages/count_tokens|agents(?:/[^/]+)?)$")
+"""What names a model and runs none."""
 _STANDARD = frozenset({None, "standard", "global", "not_available"})
 _BILLERS = {
     "AnthropicBedrock": "aws",
@@ -26,7 +28,7 @@ _BILLERS = {
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
     """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
-    begun = begin(options, _PRICED, _UNPRICED)
+    begun = begin(options, priced=_PRICED, unpriced=_UNPRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
     kind, body = begun

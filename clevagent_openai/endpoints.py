@@ -19,18 +19,20 @@ from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, descri
 _PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
 _UNPRICED = re.compile(
     r"(?:^|/)(?:images/\w+|audio/(?:speech|transcriptions|translations)|videos(?:/edits|/extensions|/[^/]+/remix)?|batches|decisions"
-    r"|responses/compact|fine_tuning/jobs|fine_tuning/alpha/graders/run|evals/[^/]+/runs|threads/runs|threads/[^/]+/runs"
-    r"|threads/[^/]+/runs/[^/]+/submit_tool_outputs|realtime/(?:calls|client_secrets|sessions|transcription_sessions)"
+    r"|responses/compact|fine_tuning/jobs(?:/[^/]+/resume)?|fine_tuning/alpha/graders/run|evals/[^/]+/runs|threads/runs|threads/[^/]+/runs"
+    r"|threads/[^/]+/runs/[^/]+/submit_tool_outputs|realtime/(?:calls(?:/[^/]+/accept)?|client_secrets|sessions|transcription_sessions)"
     r"|realtime/translations/client_secrets|live/sessions|chatkit/sessions|agents/sessions|agents/sessions/[^/]+/events"
     r"|agents/automations/[^/]+/invocations|rerank)$"
 )
+_FREE = re.compile(r"(?:^|/)(?:moderations|responses/input_tokens|(?:agents|assistants)(?:/[^/]+)?)$")
+"""What names a model and runs none, or one that is free."""
 _REASONING = re.compile(r"(?:^|[/:])(?:o\d|gpt-(?:[5-9]|\d\d)|codex)")
 """Models that refuse ``max_tokens``; also behind gateways (``openai/o3``) and fine-tuned (``ft:o4-mini:...``)."""
 
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
     """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
-    begun = begin(options, _PRICED, _UNPRICED)
+    begun = begin(options, priced=_PRICED, unpriced=_UNPRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
     kind, body = begun

@@ -142,28 +142,33 @@ def describe(
     )
 
 
-def begin(options: Any, priced: re.Pattern[str], unpriced: re.Pattern[str]) -> tuple[str, dict[str, Any]] | UnpricedPlan | None:
+def begin(
+    options: Any, *, priced: re.Pattern[str], unpriced: re.Pattern[str], free: re.Pattern[str]
+) -> tuple[str, dict[str, Any]] | UnpricedPlan | None:
     """Look at what a client is about to send: which of the ``priced`` endpoints it goes to, and its JSON.
 
-    ``None`` where it costs nothing. What goes to an ``unpriced`` one, or is no JSON, has a plan already.
+    ``None`` where it costs nothing. What goes to an ``unpriced`` one, or is no JSON, has a plan already. So has what names a model and
+    goes to an endpoint that nobody knows: whatever it is, it may run the model.
     """
     if options.method.lower() != "post":
         return None
-    kind, path = _endpoint(str(options.url), priced, unpriced)
-    if kind is None:
-        return UnpricedPlan(path) if path else None
+    path = re.sub(r"^https?://[^/]*", "", str(options.url)).partition("?")[0].rstrip("/")
+    kind = _kind_of(path, priced, unpriced, free)
+    if kind in {"free", "unpriced"}:
+        return None if kind == "free" else UnpricedPlan(path)
     body = json_body(options)
+    if kind == "unknown":
+        return UnpricedPlan(path) if body is not None and isinstance(body.get("model"), str) else None
     return UnpricedPlan(path) if body is None else (kind, body)
 
 
 @functools.lru_cache(maxsize=1024)
-def _endpoint(url: str, priced: re.Pattern[str], unpriced: re.Pattern[str]) -> tuple[str | None, str]:
-    """Tell the priced endpoint, and the path where it costs something."""
-    path = re.sub(r"^https?://[^/]*", "", url).partition("?")[0].rstrip("/")
+def _kind_of(path: str, priced: re.Pattern[str], unpriced: re.Pattern[str], free: re.Pattern[str]) -> str:
+    """Name the priced endpoint, else ``unpriced``, ``free`` or ``unknown``."""
     found = priced.search(path)
     if found is not None:
-        return found[1], path
-    return None, path if unpriced.search(path) else ""
+        return found[1]
+    return "unpriced" if unpriced.search(path) else "free" if free.search(path) else "unknown"
 
 
 def json_body(options: Any) -> dict[str, Any] | None:

@@ -206,6 +206,8 @@ FREE = {
     "retrieve": lambda client: client.responses.retrieve("resp_1"),
     "cancel": lambda client: client.responses.cancel("resp_1"),
     "stored": lambda client: client.chat.completions.update("chatcmpl-1", metadata={}),
+    "counting": lambda client: client.post("/responses/input_tokens", body={"model": "gpt-4o", "input": "Hello"}, cast_to=object),
+    "upload": lambda client: client.post("/uploads", body={"bytes": 1, "filename": "x"}, cast_to=object),
 }
 UNPRICED = {
     "images": lambda client: client.images.generate(prompt="x", model="gpt-image-1"),
@@ -215,6 +217,8 @@ UNPRICED = {
         completion_window="24h", endpoint="/v1/chat/completions", input_file_id="file-1"
     ),
     "fine-tuning": lambda client: client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file="file-1"),
+    "fine-tuning resumed": lambda client: client.fine_tuning.jobs.resume("ftjob-1"),
+    "an endpoint of tomorrow": lambda client: client.post("/dialogues", body={"model": "gpt-9", "text": "Hello"}, cast_to=object),
 }
 
 
