@@ -213,8 +213,8 @@ def log_cost(
     iteration_count: int | None = None,
     *,
     cost: float | None = None,
-    input_tokens: int = 0,
-    output_tokens: int = 0,
+    input_tokens: int | None = None,
+    output_tokens: int | None = None,
 ) -> None:
     """Record a model call that was made without being asked for: it is spent, and counts against every budget it belongs to.
 
@@ -240,13 +240,18 @@ def log_cost(
         raise UsageError(
             f"log_cost(cost_usd={cost_usd!r}, cost={cost!r}) gives the cost twice, so nothing was recorded. Give one of them."
         )
+    if all(given is None for given in (tokens, cost_usd, cost, tool_calls, iteration_count, input_tokens, output_tokens)):
+        raise UsageError(
+            f"log_cost(model={model!r}) tells neither a cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of "
+            "a model and its input_tokens= and output_tokens=."
+        )
     _log(
         tokens=tokens,
         cost_usd=cost if cost_usd is None else cost_usd,
         model=model,
         tool_calls=tool_calls,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        input_tokens=input_tokens or 0,
+        output_tokens=output_tokens or 0,
     )
     if iteration_count is not None:
         log_iteration(iteration_count)
@@ -285,12 +290,6 @@ def _log(
     for name, count in counts.items():
         if type(count) is not int or count < 0:
             raise UsageError(f"{who}({name}={count!r}) is no count, so nothing was recorded. Give a whole number of at least 0.")
-    if cost_usd is None and not any(counts.values()):
-        raise UsageError(
-            f"{who}({tokens_name}={tokens!r}, model={model!r}, input_tokens={input_tokens}, output_tokens={output_tokens}) tells neither a "
-            "cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of a model and its input_tokens= and "
-            "output_tokens=."
-        )
     watchdog = default.current()
     run = watchdog.current_run()
     paid = None if cost_usd is None else to_pico(cost_usd, what="cost_usd")

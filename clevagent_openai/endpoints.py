@@ -28,6 +28,7 @@ _FREE = re.compile(r"(?:^|/)(?:moderations|responses/input_tokens|(?:agents|assi
 """What names a model and runs none, or one that is free."""
 _REASONING = re.compile(r"(?:^|[/:])(?:o\d|gpt-(?:[5-9]|\d\d)|codex)")
 """Models that refuse ``max_tokens``; also behind gateways (``openai/o3``) and fine-tuned (``ft:o4-mini:...``)."""
+_LONG = re.compile(r"(?:^|[/:])(?:chatgpt-4o|gpt-4o|gpt-4\.1)(?!-2024-05-13|-realtime)")
 
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
@@ -36,6 +37,8 @@ def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
     if not isinstance(begun, tuple):
         return begun
     kind, body = begun
+    if body.get("models"):  # OpenRouter's way to name others that may answer
+        return UnpricedPlan(f"/{kind} with fallbacks", "another model may answer it")
     if kind == "chat/completions":
         return _chat(client, body)
     if kind == "responses":
@@ -56,16 +59,21 @@ class _LimitedPlan(JsonPlan):
             del self._body["stream_options"]
             return True
         key = self._limit_key
-        if self.call.max_output_tokens is None and key is not None and key in text:
-            # A model that knows only the other name of it. Not where the user has named it.
-            self._limit_key = None if self._has_flipped else _OTHER[key]
-            self._has_flipped, flipped = True, self._has_flipped
-            return not flipped
-        return False
+        if self.call.max_output_tokens is not None or key is None or key not in text:
+            return False  # the user has named it
+        if self.call.most_output_tokens is not None and _TOO_LARGE.search(text):
+            # It can write less than others of its family.
+            self.call.most_output_tokens = None
+            return True
+        # A model that knows only the other name of it.
+        self._limit_key = None if self._has_flipped else _OTHER.get(key)
+        self._has_flipped, flipped = True, self._has_flipped
+        return not flipped and self._limit_key is not None
 
     _has_flipped = False
 
 
+_TOO_LARGE = re.compile(r"too large|at most|maximum|exceed|<=|less than")
 _OTHER = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
 
@@ -81,6 +89,7 @@ def _chat(client: Any, body: dict[str, Any]) -> JsonPlan:
     hides = _ask_for_usage(body)
     # Both names are taken by OpenAI itself, but for the models that refuse one; other servers may know only the old one.
     is_new = "openai.com" in str(client.base_url) or _REASONING.search(model) is not None
+    call.most_output_tokens = _most(model)
     return _LimitedPlan(call, body, ChatReader, limit_key="max_completion_tokens" if is_new else "max_tokens", hides_usage=hides)
 
 
@@ -96,8 +105,10 @@ def _response(client: Any, body: dict[str, Any]) -> JsonPlan:
     items = [body["instructions"]] if body.get("instructions") is not None else []
     items += _items(body.get("input"))
     rest = {key: value for key, value in body.items() if key not in {"instructions", "input", "n"}}
-    call = describe(_model(client, body), items, rest, provider=_biller(client))
-    return JsonPlan(call, body, ResponsesReader, limit_key="max_output_tokens")
+    model = _model(client, body)
+    call = describe(model, items, rest, provider=_biller(client))
+    call.most_output_tokens = _most(model)
+    return _LimitedPlan(call, body, ResponsesReader, limit_key="max_output_tokens")
 
 
 def _embeddings(client: Any, body: dict[str, Any]) -> JsonPlan:
@@ -110,6 +121,16 @@ def _embeddings(client: Any, body: dict[str, Any]) -> JsonPlan:
 def _model(client: Any, body: Mapping[str, Any]) -> str:
     # An Azure client may name its deployment once for all.
     return str(body.get("model") or getattr(client, "_azure_deployment", None) or "")
+
+
+def _most(model: str) -> int | None:
+    """Tell what a model can write at least, where nobody asked for a limit: more of it is sent with as little reason as less.
+
+    By OpenAI's pages of its models (November 2026). Of others nobody knows; they get what ``assume_output_tokens`` says.
+    """
+    if _REASONING.search(model) is not None:
+        return 16_384 if "chat" in model else 32_768
+    return 16_384 if _LONG.search(model) is not None else None
 
 
 def _biller(client: Any) -> str | None:

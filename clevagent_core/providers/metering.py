@@ -35,14 +35,11 @@ class Meter:
         self._ticket = ticket
         self._reader = reader
         self._hides_usage = hides_usage
-        self._is_stream = False
+        self._is_stream: bool | None = None
+        """Whether the body is a stream of events; ``None`` until something has come."""
         self._kept = bytearray()
         """What has come and makes no whole event yet; of an answer that is no stream, all of it."""
         self._has_ended = False
-
-    def begin(self, *, is_stream: bool) -> None:
-        """Say whether the body is a stream of events."""
-        self._is_stream = is_stream
 
     def whole(self, content: bytes) -> None:
         """Take the body of an answer that was read already."""
@@ -54,6 +51,12 @@ class Meter:
         self._ticket.touch()
         if self._has_ended and not self._hides_usage:
             return chunk
+        if self._is_stream is None:
+            said = chunk.lstrip()
+            if not said:
+                return chunk
+            # By its first letter: the type that gateways and servers of one's own tell may be any, and SDKs do not look at it.
+            self._is_stream = not said.startswith((b"{", b"["))
         kept = self._kept
         kept += chunk
         if not self._is_stream:
@@ -130,9 +133,6 @@ class Meter:
 
 def tap(response: Any, meters: Sequence[Meter]) -> None:
     """Let ``meters`` see the body of ``response`` when it is read; at once, if it has been."""
-    content_type = response.headers.get("content-type", "").partition(";")[0]
-    for meter in meters:
-        meter.begin(is_stream=content_type == "text/event-stream")
     if response.is_closed:
         for meter in meters:
             meter.whole(response.content)

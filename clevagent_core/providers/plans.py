@@ -69,7 +69,7 @@ class JsonPlan:
 
 
 class UnpricedPlan:
-    """A request that costs something which nothing in it tells: an image, a sound, a batch of calls that are made later.
+    """A request that costs something which nothing in it tells: an image, a sound, a batch of calls that are made later, another model.
 
     Where money or tokens are limited it is refused. Else it counts as one call, of a model that is named after the endpoint.
     """
@@ -77,10 +77,11 @@ class UnpricedPlan:
     is_priced = False
     hides_usage = False
 
-    def __init__(self, path: str) -> None:
-        """Plan a request to ``path``."""
-        self._path = path
-        self.call = LLMCall(model=f"POST {path}", max_output_tokens=0, opaque=True)
+    def __init__(self, what: str, why: str = "it is not billed by the tokens of its text, or runs models later") -> None:
+        """Plan a request to a path, or with something; ``why`` says in words why nothing tells its cost."""
+        self._what = what
+        self._why = why
+        self.call = LLMCall(model=f"POST {what}", max_output_tokens=0, opaque=True)
 
     def body(self, limit: int | None) -> None:
         """Nothing in it can be lowered."""
@@ -97,8 +98,8 @@ class UnpricedPlan:
         if self.call.model not in str(error):
             return error
         return UsageError(
-            f"What a POST to {self._path} costs cannot be told before it is sent (it is not billed by the tokens of its text, or runs "
-            "models later), so a ceiling in US dollars or tokens could not be held and it was refused. Send it with a client that is "
+            f"What a POST to {self._what} costs cannot be told before it is sent ({self._why}), so a ceiling in US dollars or tokens "
+            "could not be held and it was refused. Send it with a client that is "
             "not guarded and record it with clevagent.log_cost(cost_usd=...); or let all of unknown price pass, counted as calls that "
             'cost $0, with clevagent.init(unknown_price="allow").'
         )

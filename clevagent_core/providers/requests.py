@@ -27,7 +27,7 @@ _LEAST_WHOLE = 1024
 _AFTER_THINKING = 256
 _NESTED = ("extra_body", "model_kwargs", "options", "generation_config")
 _UNBOUNDED = (
-    "previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content", "web_search_options",
+    "previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content", "web_search_options", "thread",
 )  # fmt: skip
 """Parameters that put text before the model which is not in the request."""
 _MESSAGES = ("messages", "input", "system")

@@ -37,7 +37,8 @@ def from_openai(raw: Mapping[str, Any] | None) -> Usage | None:
     return Usage(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        cache_read_tokens=min(detail(details, "cached_tokens"), input_tokens),
+        cache_read_tokens=min(read := detail(details, "cached_tokens"), input_tokens),
+        cache_write_tokens=min(detail(details, "cache_write_tokens"), max(0, input_tokens - read)),
         reasoning_tokens=min(detail(output_details, "reasoning_tokens"), output_tokens),
         input_audio_tokens=min(detail(details, "audio_tokens"), input_tokens),
         output_audio_tokens=min(detail(output_details, "audio_tokens"), output_tokens),
@@ -47,7 +48,8 @@ def from_openai(raw: Mapping[str, Any] | None) -> Usage | None:
 def from_anthropic(raw: Mapping[str, Any] | None) -> Usage | None:
     """Read the ``usage`` of Anthropic's messages API; ``None`` when there is none.
 
-    There, unlike at OpenAI, cached tokens stand *beside* ``input_tokens``; here, as everywhere in ClevAgent, they lie inside.
+    There, unlike at OpenAI, cached tokens stand *beside* ``input_tokens``; here, as everywhere in ClevAgent, they lie inside. What the
+    provider used on the way (to sum up a context that grew too long, for advice) is not in its totals, and is added.
 
     Raises:
         UnusableUsage: a total is missing, negative or no number.
@@ -55,6 +57,19 @@ def from_anthropic(raw: Mapping[str, Any] | None) -> Usage | None:
     """
     if not raw:
         return None
+    iterations = raw.get("iterations")
+    beside = [
+        part
+        for part in (iterations if isinstance(iterations, list) else ())
+        if isinstance(part, Mapping) and part.get("type") in _BESIDE
+    ]
+    return add(usage for part in (raw, *beside) if (usage := _from_anthropic(part)) is not None)
+
+
+_BESIDE = frozenset({"compaction", "advisor_message"})
+
+
+def _from_anthropic(raw: Mapping[str, Any]) -> Usage | None:
     read = detail(raw, "cache_read_input_tokens")
     created = raw.get("cache_creation")
     hour = detail(created, "ephemeral_1h_input_tokens") if isinstance(created, Mapping) else 0

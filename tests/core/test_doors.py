@@ -633,8 +633,20 @@ def test_a_cost_that_cannot_be_told_is_refused_and_nothing_is_recorded(init, fie
 def test_the_message_of_a_cost_that_cannot_be_told(init):
     init()
     assert message_of(clevagent.log_cost, model="cent") == snapshot(
-        "log_cost(tokens=None, model='cent', input_tokens=0, output_tokens=0) tells neither a cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of a model and its input_tokens= and output_tokens=."
+        "log_cost(model='cent') tells neither a cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of a model and its input_tokens= and output_tokens=."
     )
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"tokens": 0}, {"tokens": 0, "model": "cent"}, {"input_tokens": 0, "output_tokens": 0}, {"tool_calls": 0}]
+)
+def test_a_cost_of_nothing_is_no_error(init, nothing):
+    """A program logs what its provider told, and that may be nothing."""
+    init()
+    with clevagent.run() as run:
+        clevagent.log_cost(**nothing)
+        clevagent.log_cost(iteration_count=3)
+    assert run.summary().total == Spend()
 
 
 def test_a_tool_call_is_recorded_and_the_next_one_refused(init):

@@ -27,18 +27,42 @@ def sent(provider):
 
 
 @pytest.mark.parametrize(
-    ("model", "key"),
+    ("model", "key", "most"),
     [
-        ("gpt-4o", "max_tokens"),
-        ("o3-mini", "max_completion_tokens"),
-        ("gpt-5-nano", "max_completion_tokens"),
-        ("openai/o3-mini", "max_completion_tokens"),
+        ("gpt-4o", "max_tokens", 16_384),
+        ("gpt-4o-2024-05-13", "max_tokens", 4096),
+        ("gpt-3.5-turbo", "max_tokens", 4096),
+        ("o3-mini", "max_completion_tokens", 32_768),
+        ("gpt-5-nano", "max_completion_tokens", 32_768),
+        ("openai/o3-mini", "max_completion_tokens", 32_768),
     ],
 )
-def test_the_limit_that_is_added_is_one_that_the_model_takes(provider, client, model, key):
-    with clevagent.run(budgets=[Budget(usd=1)]):
+def test_the_limit_that_is_added_is_one_that_the_model_takes(provider, client, model, key, most):
+    with clevagent.run(budgets=[Budget(usd=10)]):
         client.chat.completions.create(model=model, messages=MESSAGES)
-    assert sent(provider) == {key: 4096}
+    assert sent(provider) == {key: most}
+
+
+def test_the_limit_that_is_added_leaves_half_of_what_is_free_to_others(provider, client):
+    with clevagent.run(budgets=[Budget(output_tokens=20_000)]) as run:
+        client.responses.create(model="o3", input="Hello")
+        assert sent(provider) == {"max_output_tokens": 10_000}
+    assert run.summary().total.calls == 1
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+def test_a_model_that_writes_less_than_others_of_its_family_is_asked_again(provider, client, endpoint):
+    key = "max_tokens" if endpoint == "chat" else "max_output_tokens"
+    provider.reset(
+        lambda body: Reply(status=400, error_message=f"{key} is too large: it is at most 8192.") if body[key] > 8192 else Reply()
+    )
+    with clevagent.run(budgets=[Budget(usd=10)]) as run:
+        if endpoint == "chat":
+            client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+        else:
+            client.responses.create(model="gpt-4o", input="Hello")
+    assert (sent(provider), provider.request_count) == ({key: 4096}, 2)
+    assert run.summary().total.calls == 1
 
 
 def test_a_model_that_knows_only_the_other_name_of_it_is_asked_again(provider, client):
@@ -50,7 +74,7 @@ def test_a_model_that_knows_only_the_other_name_of_it_is_asked_again(provider, c
     provider.reset(answer)
     with clevagent.run(budgets=[Budget(usd=1)]) as run:
         client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
-    assert sent(provider) == {"max_completion_tokens": 4096}
+    assert sent(provider) == {"max_completion_tokens": 16_384}
     assert run.summary().total.calls == 1
 
 
@@ -85,7 +109,7 @@ def test_of_two_limits_both_are_lowered(provider, client):
 def test_the_limit_of_each_endpoint(provider, client):
     with clevagent.run(budgets=[Budget(output_tokens=10_000)]):
         client.responses.create(model="gpt-4o", input="Hello")
-        assert sent(provider) == {"max_output_tokens": 4096}
+        assert sent(provider) == {"max_output_tokens": 5000}
         client.completions.create(model="gpt-3.5-turbo-instruct", prompt="Hello")
         assert sent(provider) == {"max_tokens": 4096}
 
