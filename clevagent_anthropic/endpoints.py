@@ -15,9 +15,11 @@ from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, descri
 from clevagent_core.providers.requests import has_key
 
 _PRICED = re.compile(r"(?:^|/)(messages|complete)$")
-_UNPRICED = re.compile(r"(?:^|/)(?:messages/batches|sessions/[^/]+/events|deployments/[^/]+/run|dreams)$")
-_FREE = re.compile(r"(?:^|/)(?:messages/count_tokens|agents(?:/[^/]+)?)$")
-"""What names a model and runs none."""
+_FREE = re.compile(
+    r"(?:^|/)(?:messages/count_tokens|agents(?:/[^/]+)?|files|sessions/[^/]+(?:/resources)?"
+    r"|(?:environments|memory_stores|organizations|skills|tunnels|user_profiles|vaults)(?:/.*)?|[^?]*/(?:archive|cancel|pause))$"
+)
+"""What keeps something, changes a setting, or ends something: no model runs."""
 _STANDARD = frozenset({None, "standard", "global", "not_available"})
 _BILLERS = {
     "AnthropicBedrock": "aws",
@@ -29,7 +31,7 @@ _BILLERS = {
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
     """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
-    begun = begin(options, priced=_PRICED, unpriced=_UNPRICED, free=_FREE)
+    begun = begin(options, priced=_PRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
     kind, body = begun

@@ -17,15 +17,14 @@ from clevagent_core.providers.answers import ChatReader, ResponsesReader
 from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe
 
 _PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
-_UNPRICED = re.compile(
-    r"(?:^|/)(?:images/\w+|audio/(?:speech|transcriptions|translations)|videos(?:/edits|/extensions|/[^/]+/remix)?|batches|decisions"
-    r"|responses/compact|fine_tuning/jobs(?:/[^/]+/resume)?|fine_tuning/alpha/graders/run|evals/[^/]+/runs|threads/runs|threads/[^/]+/runs"
-    r"|threads/[^/]+/runs/[^/]+/submit_tool_outputs|realtime/(?:calls(?:/[^/]+/accept)?|client_secrets|sessions|transcription_sessions)"
-    r"|realtime/translations/client_secrets|live/sessions|chatkit/sessions|agents/sessions|agents/sessions/[^/]+/events"
-    r"|agents/automations/[^/]+/invocations|rerank)$"
+_FREE = re.compile(
+    r"(?:^|/)(?:moderations|responses/input_tokens|agents|assistants|evals|threads|audio/voice_consents|files"
+    r"|(?:assistants|evals|chat/completions|audio/voice_consents)/[^/]+|agents/(?!sessions$|automations$)[^/]+|threads/(?!runs$)[^/]+"
+    r"|evals/[^/]+/runs/[^/]+|threads/[^/]+/(?:messages(?:/[^/]+)?|runs/[^/]+)|agents/environments/.*|fine_tuning/alpha/graders/validate"
+    r"|containers(?:/[^/]+/files)?|(?:conversations|skills|uploads|vaults|vector_stores|webhook_endpoints)(?:/.*)?"
+    r"|[^?]*/(?:cancel|pause|hangup|refer|reject))$|^/(?:v1/)?(?:organization|projects)/"
 )
-_FREE = re.compile(r"(?:^|/)(?:moderations|responses/input_tokens|(?:agents|assistants)(?:/[^/]+)?)$")
-"""What names a model and runs none, or one that is free."""
+"""What keeps something, changes a setting, or ends something: no model runs, or one that is free."""
 _REASONING = re.compile(r"(?:^|[/:])(?:o\d|gpt-(?:[5-9]|\d\d)|codex)")
 """Models that refuse ``max_tokens``; also behind gateways (``openai/o3``) and fine-tuned (``ft:o4-mini:...``)."""
 _LONG = re.compile(r"(?:^|[/:])(?:chatgpt-4o|gpt-4o|gpt-4\.1)(?!-2024-05-13|-realtime)")
@@ -33,7 +32,7 @@ _LONG = re.compile(r"(?:^|[/:])(?:chatgpt-4o|gpt-4o|gpt-4\.1)(?!-2024-05-13|-rea
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
     """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
-    begun = begin(options, priced=_PRICED, unpriced=_UNPRICED, free=_FREE)
+    begun = begin(options, priced=_PRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
     kind, body = begun

@@ -143,33 +143,28 @@ def describe(
     )
 
 
-def begin(
-    options: Any, *, priced: re.Pattern[str], unpriced: re.Pattern[str], free: re.Pattern[str]
-) -> tuple[str, dict[str, Any]] | UnpricedPlan | None:
+def begin(options: Any, *, priced: re.Pattern[str], free: re.Pattern[str]) -> tuple[str, dict[str, Any]] | UnpricedPlan | None:
     """Look at what a client is about to send: which of the ``priced`` endpoints it goes to, and its JSON.
 
-    ``None`` where it costs nothing. What goes to an ``unpriced`` one, or is no JSON, has a plan already. So has what names a model and
-    goes to an endpoint that nobody knows: whatever it is, it may run the model.
+    ``None`` where it costs nothing: all but POST, and the ``free`` endpoints. An endpoint that nobody knows may cost anything.
     """
     if options.method.lower() != "post":
         return None
     path = re.sub(r"^https?://[^/]*", "", str(options.url)).partition("?")[0].rstrip("/")
-    kind = _kind_of(path, priced, unpriced, free)
-    if kind in {"free", "unpriced"}:
-        return None if kind == "free" else UnpricedPlan(path)
-    body = json_body(options)
-    if kind == "unknown":
-        return UnpricedPlan(path) if body is not None and isinstance(body.get("model"), str) else None
-    return UnpricedPlan(path) if body is None else (kind, body)
+    kind = _kind_of(path, priced, free)
+    if kind == "free":
+        return None
+    body = None if kind is None else json_body(options)
+    return UnpricedPlan(path) if kind is None or body is None else (kind, body)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kind_of(path: str, priced: re.Pattern[str], unpriced: re.Pattern[str], free: re.Pattern[str]) -> str:
-    """Name the priced endpoint, else ``unpriced``, ``free`` or ``unknown``."""
+def _kind_of(path: str, priced: re.Pattern[str], free: re.Pattern[str]) -> str | None:
+    """Name the priced endpoint, ``free``, or neither."""
     found = priced.search(path)
     if found is not None:
         return found[1]
-    return "unpriced" if unpriced.search(path) else "free" if free.search(path) else "unknown"
+    return "free" if free.search(path) is not None else None
 
 
 def json_body(options: Any) -> dict[str, Any] | None:

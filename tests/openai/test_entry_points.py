@@ -208,6 +208,8 @@ FREE = {
     "stored": lambda client: client.chat.completions.update("chatcmpl-1", metadata={}),
     "counting": lambda client: client.post("/responses/input_tokens", body={"model": "gpt-4o", "input": "Hello"}, cast_to=object),
     "upload": lambda client: client.post("/uploads", body={"bytes": 1, "filename": "x"}, cast_to=object),
+    "vector stores": lambda client: client.post("/vector_stores/vs_1/files", body={"file_id": "file-1"}, cast_to=object),
+    "threads": lambda client: client.post("/threads/thread_1/messages", body={"role": "user", "content": "Hello"}, cast_to=object),
 }
 UNPRICED = {
     "images": lambda client: client.images.generate(prompt="x", model="gpt-image-1"),
@@ -218,7 +220,10 @@ UNPRICED = {
     ),
     "fine-tuning": lambda client: client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file="file-1"),
     "fine-tuning resumed": lambda client: client.fine_tuning.jobs.resume("ftjob-1"),
-    "an endpoint of tomorrow": lambda client: client.post("/dialogues", body={"model": "gpt-9", "text": "Hello"}, cast_to=object),
+    "assistants": lambda client: client.post("/threads/runs", body={"assistant_id": "asst_1"}, cast_to=object),
+    "an agent": lambda client: client.post("/agents/sessions", body={"agent": "agent_1"}, cast_to=object),
+    "a call": lambda client: client.post("/realtime/calls/call_1/accept", body={"model": "gpt-realtime"}, cast_to=object),
+    "an endpoint of tomorrow": lambda client: client.post("/dialogues", body={"text": "Hello"}, cast_to=object),
 }
 
 
