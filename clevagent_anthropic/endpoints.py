@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clevagent_core.providers.answers import MessagesReader
-from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe
+from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
 from clevagent_core.providers.requests import has_key
 
 _PRICED = re.compile(r"(?:^|/)(messages|complete)$")
@@ -40,7 +40,7 @@ def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
 
 def _message(client: Any, body: dict[str, Any]) -> JsonPlan | UnpricedPlan:
     others = ["fallbacks"] if body.get("fallbacks") else []
-    others += ["an advisor"] if any(str(tool.get("type")).startswith("advisor") for tool in _mappings(body.get("tools"))) else []
+    others += ["an advisor"] if any(str(tool.get("type")).startswith("advisor") for tool in mappings(body.get("tools"))) else []
     if others:
         return UnpricedPlan(f"/v1/messages with {' and '.join(others)}", "another model may write in it, with limits of its own")
     system, messages = body.get("system"), body.get("messages")
@@ -49,7 +49,7 @@ def _message(client: Any, body: dict[str, Any]) -> JsonPlan | UnpricedPlan:
     rest = {key: value for key, value in body.items() if key not in {"system", "messages", "n"}}
     model = _model(body)
     management = body.get("context_management")
-    edits = _mappings(management.get("edits")) if isinstance(management, Mapping) else []
+    edits = mappings(management.get("edits")) if isinstance(management, Mapping) else []
     # Then the model is called once more, with all that there is, and writes a summary.
     compacts = any(str(edit.get("type")).startswith("compact") for edit in edits)
     call = describe(model, items, rest, provider=_biller(client, model), answers=2 if compacts else None, is_unbounded=compacts)
@@ -64,10 +64,6 @@ def _completion(client: Any, body: dict[str, Any]) -> JsonPlan:
     model = _model(body)
     call = describe(model, [] if prompt is None else [prompt], rest, provider=_biller(client, model))
     return JsonPlan(call, body, MessagesReader, limit_key="max_tokens_to_sample")
-
-
-def _mappings(value: object) -> list[Mapping[str, Any]]:
-    return [part for part in value if isinstance(part, Mapping)] if isinstance(value, (list, tuple)) else []
 
 
 def _model(body: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ class LLMCall:
     """True when sound may be sent or answered, which can cost many times what text does. What is opaque may hold some."""
     writes_cache: bool = True
     """False where the request asks its provider to keep nothing in a cache, so that what that costs cannot be billed."""
+    rounds: int = 1
+    """How often the model may read what is opaque: once more for each use of a tool that its provider runs."""
     context_window: int | None = None
     """The model's context window where the caller knows it: no bound is larger. Else what is opaque counts as the price list's."""
     service_tier: str | None = None

@@ -9,6 +9,7 @@ from clevagent_core.bounds import is_opaque, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.errors import UsageError
 from clevagent_core.providers.covering import cover, uncover
+from clevagent_core.providers.requests import rounds_of
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
@@ -159,6 +160,7 @@ class LLMCallBlock:
             provider=provider,
             node=node,
             opaque=is_opaque(items) or any(runs_at_provider(tool) for tool in tools),
+            rounds=rounds_of({"tools": tools}),
             timeout_s=_seconds(timeout_s, "llm_call"),
         )
         self._ticket: Ticket | None = None

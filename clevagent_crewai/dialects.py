@@ -145,6 +145,7 @@ def _read(call: LLMCall, model: Any, dialect: Dialect, messages: Any, tools: Any
     call.answers = facts.answers
     call.service_tier = facts.service_tier
     call.audio = facts.is_audio
+    call.rounds = facts.rounds
     call.opaque = (
         facts.is_unbounded
         or is_opaque(call.input)

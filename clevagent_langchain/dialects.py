@@ -80,6 +80,7 @@ class Dialect:
             provider=self.provider,
             opaque=facts.is_unbounded or is_opaque,
             service_tier=facts.service_tier,
+            rounds=facts.rounds,
             audio=facts.is_audio,
             timeout_s=_timeout_of(model),
         )

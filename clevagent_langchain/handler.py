@@ -253,6 +253,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             call.max_output_tokens = facts.limit
             call.answers = facts.answers
             call.opaque = facts.is_unbounded or is_opaque
+            call.rounds = facts.rounds
             call.service_tier = facts.service_tier
             call.audio = facts.is_audio
             # Many providers are reached through OpenAI's client; the model's own name tells more.

@@ -14,7 +14,7 @@ from typing import Any
 from clevagent_core.bounds import content_bound
 from clevagent_core.calls import LLMCall
 from clevagent_core.providers.answers import ChatReader, ResponsesReader
-from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe
+from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
 
 _PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
 _FREE = re.compile(
@@ -100,7 +100,9 @@ def _completion(client: Any, body: dict[str, Any]) -> JsonPlan:
     return _LimitedPlan(call, body, ChatReader, limit_key="max_tokens", hides_usage=_ask_for_usage(body))
 
 
-def _response(client: Any, body: dict[str, Any]) -> JsonPlan:
+def _response(client: Any, body: dict[str, Any]) -> JsonPlan | UnpricedPlan:
+    if any(tool.get("type") == "image_generation" for tool in mappings(body.get("tools"))):
+        return UnpricedPlan("/responses with image_generation", "another model makes the images")
     items = [body["instructions"]] if body.get("instructions") is not None else []
     items += _items(body.get("input"))
     rest = {key: value for key, value in body.items() if key not in {"instructions", "input", "n"}}
@@ -118,8 +120,8 @@ def _embeddings(client: Any, body: dict[str, Any]) -> JsonPlan:
 
 
 def _model(client: Any, body: Mapping[str, Any]) -> str:
-    # An Azure client may name its deployment once for all.
-    return str(body.get("model") or getattr(client, "_azure_deployment", None) or "")
+    # An Azure client may name its deployment once for all; what the body names is not read there.
+    return str(getattr(client, "_azure_deployment", None) or body.get("model") or "")
 
 
 def _most(model: str) -> int | None:

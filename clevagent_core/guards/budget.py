@@ -247,7 +247,7 @@ class BudgetGuard:
                     f"and was refused. Give the window: clevagent.init(prices={{{call.model!r}: clevagent.Price(input=..., output=..., "
                     "context_window=...)})."
                 )
-            return window or 0
+            return (window or 0) * call.rounds
         # Not capped by the price list's window: models are offered with larger ones (betas), and the list is not told.
         return bound if call.context_window is None else min(bound, call.context_window)
 

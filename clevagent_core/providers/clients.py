@@ -106,7 +106,7 @@ _attempts: ContextVar[tuple[_Attempt, ...]] = ContextVar("clevagent_client_attem
 class _Sending:
     """What one layer does about one request, sync or async."""
 
-    __slots__ = ("_adapted", "_budgets", "_number", "_options", "call", "outer", "plan", "retries", "run", "watchdog")
+    __slots__ = ("_budgets", "_is_unbilled", "_number", "_options", "call", "failed", "outer", "plan", "retries", "run", "watchdog")
 
     def __init__(
         self, layer: Layer, watchdog: Watchdog, client: Any, options: Any, plan: Plan, outer: tuple[_Attempt, ...]
@@ -121,6 +121,9 @@ class _Sending:
         if not plan.is_priced and watchdog.settings.unknown_price == "allow":
             self.call.opaque = False
         self.retries = _retries(client, options)
+        self.failed: BaseException | None = None
+        """Why the request before, which another ticket covers, failed after it may have been billed."""
+        self._is_unbilled = False
         self._budgets = layer.budgets
         self._number = 0
         self._options = copy.copy(options)
@@ -140,6 +143,21 @@ class _Sending:
             return await self.run.aopen(self.call, self._budgets)
         except UsageError as error:
             raise self.plan.explain(error) from None
+
+    def covered(self) -> _Attempt:
+        """Make one request that the ticket of whoever is around it covers."""
+        self._is_unbilled = False
+        return _Attempt(self.watchdog, copy.copy(self._options), self.plan, None, 0)
+
+    def covered_failed(self, error: BaseException) -> None:
+        """That ticket counts one request: one more is reserved before it is sent, for the one that may have been billed."""
+        self._is_unbilled = not may_be_billed(error)
+        self.failed = None if self._is_unbilled else error
+
+    def end(self, covering: Any) -> None:
+        """It is over. A ticket whose request was refused unbilled covers the next one."""
+        if self._is_unbilled and isinstance(covering, Ticket):
+            give_back(covering)
 
     def attempt(self, ticket: Ticket) -> _Attempt:
         options = copy.copy(self._options)
@@ -181,14 +199,17 @@ def request(
         return _send((), base, cast_to, options, args, kwargs)
     watchdog = layer.watchdog or default.current()
     covering = _covering(layer, watchdog, plan, outer)
-    if covering is not _NOT_COVERED:
-        attempt = _Attempt(watchdog, options, plan, None, 0)
-        try:
-            return _send((*outer, attempt), base, cast_to, options, args, kwargs)
-        except BaseException as error:
-            _may_be_sent_again(covering, error)
-            raise
     sending = _Sending(layer, watchdog, client, options, plan, outer)
+
+    def covered_once() -> Any:
+        if sending.failed is not None:
+            sending.open().charge(sending.failed)
+        attempt = sending.covered()
+        try:
+            return _send((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
+        except BaseException as error:
+            sending.covered_failed(error)
+            raise
 
     def attempt_once() -> Any:
         ticket = sending.open()
@@ -203,12 +224,15 @@ def request(
         attempt.ended()
         return result
 
+    once = attempt_once if covering is _NOT_COVERED else covered_once
     try:
-        return attempt_once()
+        return once()
     except Exception as error:
         if not sending.retries:
             raise
-        return repeat(sending.retries, error, attempt_once)
+        return repeat(sending.retries, error, once)
+    finally:
+        sending.end(covering)
 
 
 async def arequest(
@@ -230,14 +254,17 @@ async def arequest(
         return await _asend((), base, cast_to, options, args, kwargs)
     watchdog = layer.watchdog or default.current()
     covering = _covering(layer, watchdog, plan, outer)
-    if covering is not _NOT_COVERED:
-        attempt = _Attempt(watchdog, options, plan, None, 0)
-        try:
-            return await _asend((*outer, attempt), base, cast_to, options, args, kwargs)
-        except BaseException as error:
-            _may_be_sent_again(covering, error)
-            raise
     sending = _Sending(layer, watchdog, client, options, plan, outer)
+
+    async def covered_once() -> Any:
+        if sending.failed is not None:
+            (await sending.aopen()).charge(sending.failed)
+        attempt = sending.covered()
+        try:
+            return await _asend((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
+        except BaseException as error:
+            sending.covered_failed(error)
+            raise
 
     async def attempt_once() -> Any:
         ticket = await sending.aopen()
@@ -252,12 +279,15 @@ async def arequest(
         attempt.ended()
         return result
 
+    once = attempt_once if covering is _NOT_COVERED else covered_once
     try:
-        return await attempt_once()
+        return await once()
     except Exception as error:
         if not sending.retries:
             raise
-        return await arepeat(sending.retries, error, attempt_once)
+        return await arepeat(sending.retries, error, once)
+    finally:
+        sending.end(covering)
 
 
 def _begin(sending: _Sending, ticket: Ticket) -> _Attempt:
@@ -317,11 +347,6 @@ def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Attemp
             "clevagent.guard(model, budgets=[...]), or to clevagent.run(budgets=[...]) around it; and hand it the plain client."
         )
     return ticket
-
-
-def _may_be_sent_again(covering: Ticket | None, error: BaseException) -> None:
-    if covering is not None and not may_be_billed(error):
-        give_back(covering)
 
 
 # -- the answer -----------------------------------------------------------------------------------------------------------
@@ -385,7 +410,11 @@ def _guarded(client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Seq
 
 
 def _is_cached(client: Any, name: str) -> bool:
-    return isinstance(getattr(type(client), name, None), functools.cached_property)
+    """Tell whether a value is one that the client makes when it is first asked for, and that holds the client."""
+    if not isinstance(getattr(type(client), name, None), functools.cached_property):
+        return False
+    # Not what the user has set there: the region of a client for Vertex.
+    return getattr(client.__dict__[name], "_client", None) is client
 
 
 def _of(copied: Any, client: Any, value: Any) -> Any:

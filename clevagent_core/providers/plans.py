@@ -12,7 +12,7 @@ from clevagent_core.bounds import is_opaque
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import UsageError
 from clevagent_core.providers.answers import Reader
-from clevagent_core.providers.requests import LIMIT_KEYS, Facts, facts_of
+from clevagent_core.providers.requests import LIMIT_KEYS, Facts, facts_of, whole
 
 
 class JsonPlan:
@@ -50,7 +50,7 @@ class JsonPlan:
         body = self._body
         if not self.call.clamp or limit is None or limit == self.call.max_output_tokens:
             return body
-        present = [key for key in LIMIT_KEYS if type(body.get(key)) is int]
+        present = [key for key in LIMIT_KEYS if whole(body.get(key)) is not None]
         if present:
             return {**body, **{key: min(body[key], limit) for key in present}}
         return {**body, self._limit_key: limit} if self._limit_key is not None else body
@@ -139,6 +139,7 @@ def describe(
         provider=provider,
         opaque=is_unbounded or facts.is_unbounded or is_opaque(items),
         service_tier=facts.service_tier,
+        rounds=facts.rounds,
         audio=facts.is_audio,
     )
 
@@ -165,6 +166,11 @@ def _kind_of(path: str, priced: re.Pattern[str], free: re.Pattern[str]) -> str |
     if found is not None:
         return found[1]
     return "free" if free.search(path) is not None else None
+
+
+def mappings(value: object) -> list[Mapping[str, Any]]:
+    """Give those parts of a list that are objects."""
+    return [part for part in value if isinstance(part, Mapping)] if isinstance(value, (list, tuple)) else []
 
 
 def json_body(options: Any) -> dict[str, Any] | None:

@@ -35,14 +35,22 @@ _NO_TEXT = frozenset({
     *LIMIT_KEYS,
     "_type", "betas", "cache_control", "default_request_timeout", "effort", "extra_headers", "extra_query", "frequency_penalty",
     "headers", "include", "inference_geo", "logit_bias", "logprobs", "max_retries", "metadata", "model", "model_name",
-    "parallel_tool_calls", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "reasoning", "reasoning_effort",
+    "max_tool_calls", "parallel_tool_calls", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "reasoning", "reasoning_effort",
     "safety_identifier", "seed", "service_tier", "stop", "stop_sequences", "store", "stream", "stream_options", "stream_usage",
-    "streaming", "strict", "temperature", "timeout", "top_k", "top_logprobs", "top_p", "truncation", "user", "verbosity",
+    "streaming", "strict", "temperature", "timeout", "top_k", "top_logprobs", "top_p", "user", "verbosity",
 })  # fmt: skip
 """Parameters that a model does not read. Whatever else a request carries may be billed as input; most requests carry nothing."""
 _READ_ELSEWHERE = frozenset({
-    *_NO_TEXT, *_NESTED, "n", "tools", "tool_choice", "thinking", "ls_structured_output_format", "use_previous_response_id",
+    *_NO_TEXT, *_NESTED, "n", "tools", "tool_choice", "ls_structured_output_format", "use_previous_response_id",
 })  # fmt: skip
+"""Not ``thinking`` and ``truncation``: by them a provider leaves out parts of a history, so what it reported for one value says nothing
+for another."""
+_LOOPS = (
+    "web_search", "web_fetch", "code_execution", "code_interpreter", "file_search", "mcp", "tool_search", "shell",
+)  # fmt: skip
+"""How the types of tools begin that a provider runs, and whose results the model reads in the same request."""
+_ROUNDS = 10
+"""How often a model reads in one request whose tools nobody limits: Anthropic ends the loop then, and others do not say."""
 
 
 def largest_limit(params: Mapping[str, Any]) -> int | None:
@@ -93,6 +101,27 @@ def is_unbounded(params: Mapping[str, Any]) -> bool:
     return any(isinstance(tool, Mapping) and tool.get("type", "function") not in {"function", "custom"} for tool in tools)
 
 
+def rounds_of(params: Mapping[str, Any]) -> int:
+    """How often the model may read its input: again after each use of a tool that the provider runs."""
+    tools = params.get("tools")
+    given = tools if isinstance(tools, (list, tuple)) else ()
+    looping = [tool for tool in given if isinstance(tool, Mapping) and _is_looping(tool)]
+    if not looping and not params.get("mcp_servers"):
+        return 1
+    most = params.get("max_tool_calls")
+    if type(most) is int:
+        return max(0, most) + 1
+    uses = [count for tool in looping if type(count := tool.get("max_uses")) is int]
+    if params.get("mcp_servers") or len(uses) < len(looping):
+        return _ROUNDS
+    return min(sum(uses) + 1, _ROUNDS)
+
+
+def _is_looping(tool: Mapping[str, Any]) -> bool:
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind.startswith(_LOOPS)
+
+
 def has_key(value: object, key: str) -> bool:
     """Tell whether ``key`` stands anywhere in a nesting of mappings and lists."""
     if isinstance(value, Mapping):
@@ -137,6 +166,7 @@ class Facts(NamedTuple):
     wants_whole_answer: bool = False
     thinking_tokens: int = 0
     service_tier: str | None = None
+    rounds: int = 1
     is_audio: bool = False
     """Whether sound may come in the answer."""
 
@@ -165,6 +195,7 @@ def facts_of(params: Mapping[str, Any]) -> Facts:
         wants_whole_answer(sent),
         thinking_tokens(sent),
         _tier(sent),
+        rounds_of(sent),
         "audio" in (sent.get("modalities") or ()) or sent.get("audio") is not None,
     )
 
@@ -184,10 +215,17 @@ def model_of(params: Mapping[str, Any]) -> str | None:
 def _largest(params: Mapping[str, Any]) -> int | None:
     largest: int | None = None
     for key in LIMIT_KEYS:
-        value = params.get(key)
-        if type(value) is int and value > 0 and (largest is None or value > largest):
+        value = whole(params.get(key))
+        if value is not None and value > 0 and (largest is None or value > largest):
             largest = value
     return largest
+
+
+def whole(value: object) -> int | None:
+    """Read a limit: servers take ``100.0`` as well as ``100``."""
+    if type(value) is int:
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def _schema(value: object) -> object:

@@ -162,19 +162,49 @@ WINDOW = 128_000
         ),
         lambda c: c.responses.create(model="gpt-4o", input="Hello", max_output_tokens=10, previous_response_id="resp_1"),
         lambda c: c.responses.create(model="gpt-4o", max_output_tokens=10, prompt={"id": "pmpt_1"}),
-        lambda c: c.responses.create(model="gpt-4o", input="Hello", max_output_tokens=10, tools=[{"type": "web_search"}]),
         lambda c: c.responses.create(
             model="gpt-4o",
             max_output_tokens=10,
             input=[{"role": "user", "content": [{"type": "input_file", "file_id": "file_1"}]}],
         ),
     ],
-    ids=["image", "audio", "previous", "prompt", "search", "file"],
+    ids=["image", "audio", "previous", "prompt", "file"],
 )
 def test_what_text_cannot_bound_counts_as_the_context_window(provider, client, call):
     with clevagent.run(budgets=[Budget(input_tokens=WINDOW - 1)]), pytest.raises(BudgetExceeded) as stop:
         call(client)
     assert (stop.value.needed, provider.request_count) == (WINDOW, 0)
+
+
+@pytest.mark.parametrize(
+    ("params", "rounds"),
+    [
+        ({"tools": [{"type": "web_search"}]}, 10),
+        ({"tools": [{"type": "web_search"}], "max_tool_calls": 2}, 3),
+        ({"tools": [{"type": "mcp", "server_label": "a", "server_url": "https://example.org"}], "max_tool_calls": 20}, 21),
+        ({"tools": [{"type": "local_shell"}]}, 1),
+    ],
+)
+def test_tools_that_run_at_the_provider_read_the_window_again_and_again(provider, client, params, rounds):
+    """Their results come back within the same request, whose usage is the sum of all."""
+    with clevagent.run(budgets=[Budget(input_tokens=WINDOW - 1)]), pytest.raises(BudgetExceeded) as stop:
+        client.responses.create(model="gpt-4o", input="Hello", max_output_tokens=10, **params)
+    assert (stop.value.needed, provider.request_count) == (rounds * WINDOW, 0)
+
+
+def test_a_tool_by_which_another_model_works_is_refused_under_a_ceiling_in_money(provider, client):
+    with clevagent.run(budgets=[Budget(usd=100)]), pytest.raises(UsageError, match="/responses with image_generation"):
+        client.responses.create(model="gpt-4o", input="Draw", tools=[{"type": "image_generation"}])
+    with clevagent.run(budgets=[Budget(usd=100)]), pytest.raises(UsageError, match="/chat/completions with fallbacks"):
+        client.chat.completions.create(model="gpt-4o", messages=MESSAGES, extra_body={"models": ["gpt-4o", "o1-pro"]})
+    assert provider.request_count == 0
+
+
+@pytest.mark.parametrize("limit", [5000.0, 5000])
+def test_a_limit_is_lowered_whatever_kind_of_number_it_is(provider, client, limit):
+    with clevagent.run(budgets=[Budget(output_tokens=300)]):
+        client.chat.completions.create(model="gpt-4o", messages=MESSAGES, max_tokens=limit)
+    assert sent(provider) == {"max_tokens": 300}
 
 
 def test_what_is_predicted_is_reserved_beside_the_limit(provider, client):
@@ -195,8 +225,12 @@ def test_the_deployment_of_an_azure_client_is_the_model(provider):
     assert isinstance(client, openai.AzureOpenAI)
     with clevagent.run(budgets=[Budget(usd="0.000000001")]), pytest.raises(BudgetExceeded, match="my-deployment"):
         client.chat.completions.create(model="my-deployment", messages=MESSAGES)
+    # Azure sends it to the deployment that the client names, whatever the body says.
+    with clevagent.run(budgets=[Budget(usd="0.000000001")]), pytest.raises(BudgetExceeded, match="my-deployment"):
+        client.chat.completions.create(model="gpt-4o-mini", messages=MESSAGES)
+    of_any = clevagent.guard(openai.AzureOpenAI(api_key="test", azure_endpoint=provider.anthropic_url, api_version="2024-10-21"))
     with clevagent.run(budgets=[Budget(usd=1)]), pytest.raises(UsageError, match="other-one"):
-        client.chat.completions.create(model="other-one", messages=MESSAGES)
+        of_any.chat.completions.create(model="other-one", messages=MESSAGES)
     assert provider.request_count == 0
 
 
