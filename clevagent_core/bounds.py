@@ -79,8 +79,8 @@ def is_opaque(content: object) -> bool:
         kind = content.get("type")
         if isinstance(kind, str) and kind not in _TEXT_BLOCKS and (kind in _REFERENCES or _has_payload(content)):
             return True
-        if kind is None and not _UNTYPED_PAYLOADS.isdisjoint(content):
-            return True
+        if kind is None and (not _UNTYPED_PAYLOADS.isdisjoint(content) or content.keys() == {"id"}):
+            return True  # also what is named by its id only: a reference whose type may be left out
         return any(is_opaque(value) for value in content.values())
     if isinstance(content, (list, tuple)):
         return any(is_opaque(part) for part in content)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from clevagent_core import default
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
-from clevagent_core.errors import UsageError
+from clevagent_core.errors import ClevAgentError, UsageError
 from clevagent_core.providers.answers import Reader
 from clevagent_core.providers.covering import give_back, take
 from clevagent_core.providers.failures import may_be_billed
@@ -144,10 +144,14 @@ class _Sending:
         except UsageError as error:
             raise self.plan.explain(error) from None
 
-    def covered(self) -> _Attempt:
-        """Make one request that the ticket of whoever is around it covers."""
+    def covered(self, covering: Ticket | None) -> _Attempt:
+        """Make one request that the ticket of whoever is around it covers, with no larger limit than that one was granted."""
         self._is_unbilled = False
-        return _Attempt(self.watchdog, copy.copy(self._options), self.plan, None, 0)
+        options = copy.copy(self._options)
+        asked, granted = self.call.max_output_tokens, covering.max_output_tokens if covering is not None else None
+        if asked is not None and granted is not None and granted < asked and self.call.clamp:
+            self._write(options, self.plan.body(granted))
+        return _Attempt(self.watchdog, options, self.plan, None, 0)
 
     def covered_failed(self, error: BaseException) -> None:
         """That ticket counts one request: one more is reserved before it is sent, for the one that may have been billed."""
@@ -161,13 +165,18 @@ class _Sending:
 
     def attempt(self, ticket: Ticket) -> _Attempt:
         options = copy.copy(self._options)
-        body = self.plan.body(ticket.max_output_tokens)
-        if body is not None:
-            options.json_data = body
-            options.extra_json = None  # it is in the body
+        self._write(options, self.plan.body(ticket.max_output_tokens))
         attempt = _Attempt(self.watchdog, options, self.plan, ticket, self._number)
         self._number += 1
         return attempt
+
+    @staticmethod
+    def _write(options: Any, body: Mapping[str, Any] | None) -> None:
+        if body is not None:
+            options.json_data = body
+            options.extra_json = None  # it is in the body
+            if getattr(options, "content", None) is not None:
+                options.content = None  # the same, as bytes
 
 
 def _retries(client: Any, options: Any) -> int:
@@ -203,8 +212,11 @@ def request(
 
     def covered_once() -> Any:
         if sending.failed is not None:
-            sending.open().charge(sending.failed)
-        attempt = sending.covered()
+            try:
+                sending.open().charge(sending.failed)
+            except ClevAgentError as refusal:
+                raise refusal from sending.failed
+        attempt = sending.covered(covering)
         try:
             return _send((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
         except BaseException as error:
@@ -258,8 +270,11 @@ async def arequest(
 
     async def covered_once() -> Any:
         if sending.failed is not None:
-            (await sending.aopen()).charge(sending.failed)
-        attempt = sending.covered()
+            try:
+                (await sending.aopen()).charge(sending.failed)
+            except ClevAgentError as refusal:
+                raise refusal from sending.failed
+        attempt = sending.covered(covering)
         try:
             return await _asend((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
         except BaseException as error:
@@ -374,7 +389,7 @@ def _meter(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 # -- one client -----------------------------------------------------------------------------------------------------------
 
-_LAYER = "_clevagent_layer"
+_LAYERS = "_clevagent_layers"
 
 
 def _guarded(client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Sequence[Budget], on_exceed: OnExceed | None) -> Any:
@@ -390,22 +405,26 @@ def _guarded(client: Any, plan: Planner, watchdog: Watchdog | None, budgets: Seq
                 f"guard(client, budgets=[{budget.label!r}]) limits tool calls, but a client is not asked when a tool is run, so the "
                 "limit would never hold. Give it to clevagent.run(budgets=[...]) and put `with clevagent.tool_call(...)` around your tools."
             )
-    layer = Layer(plan, watchdog, tuple(budgets))
-    before: Layer | None = client.__dict__.get(_LAYER)
-    if before is not None:
-        if not budgets and watchdog in {None, before.watchdog}:
-            return client
-        # Guarded once more with budgets of its own: both sets hold.
-        more = tuple(budget for budget in budgets if budget not in before.budgets)
-        layer = Layer(plan, watchdog or before.watchdog, (*before.budgets, *more))
+    layers: tuple[Layer, ...] = client.__dict__.get(_LAYERS, ())
     kind: Any = type(client)
-    guarded_class = kind if before is not None else _guarded_class(kind)
+    guarded_class = kind if layers else _guarded_class(kind)
+    # Guarded once more: both hold, each with its budgets.
+    own = watchdog if watchdog is not None or not layers else layers[-1].watchdog
+    before = next((layer for layer in layers if layer.watchdog is own), None)
+    if before is None:
+        layers = (*layers, Layer(plan, own, tuple(budgets)))
+    elif not budgets:
+        return client
+    else:
+        more = tuple(budget for budget in budgets if budget not in before.budgets)
+        joined = before._replace(budgets=(*before.budgets, *more))
+        layers = tuple(joined if layer is before else layer for layer in layers)
     copied = object.__new__(guarded_class)
     # Its resources (client.chat, ...) belong to the client that made them; the copy makes its own.
     copied.__dict__.update(
         {name: _of(copied, client, value) for name, value in client.__dict__.items() if not _is_cached(client, name)}
     )
-    copied.__dict__[_LAYER] = layer
+    copied.__dict__[_LAYERS] = layers
     return copied
 
 
@@ -428,7 +447,7 @@ def _guarded_class(base: type[Any]) -> type[Any]:
 
     def copy_guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = base.copy(self, *args, **kwargs)
-        made.__dict__[_LAYER] = _layer_of(self)
+        made.__dict__[_LAYERS] = _layers_of(self)
         return made
 
     body: dict[str, Any] = {
@@ -438,20 +457,20 @@ def _guarded_class(base: type[Any]) -> type[Any]:
         "copy": copy_guarded,
         "with_options": copy_guarded,
         # Looked up at each call: what is attached to all clients may come and go.
-        "request": _request_through(base.request, lambda client: (_layer_of(client),), lambda: base.request),
+        "request": _request_through(base.request, _layers_of, lambda: base.request),
         "_process_response": _process_metered(base._process_response, lambda: base._process_response),  # noqa: SLF001 - what is overridden
     }
     return type(base.__name__, (base,), body)
 
 
-def _layer_of(client: Any) -> Layer:
-    layer: Layer | None = client.__dict__.get(_LAYER)
-    if layer is None:
+def _layers_of(client: Any) -> tuple[Layer, ...]:
+    layers: tuple[Layer, ...] = client.__dict__.get(_LAYERS, ())
+    if not layers:
         raise UsageError(
             f"This {type(client).__name__} was made from the class of a guarded one, and nobody asked for it to be guarded, so its "
             "call was refused. Make it from the class in the SDK, or guard it: clevagent.guard(client)."
         )
-    return layer
+    return layers
 
 
 def _request_through(

@@ -32,6 +32,9 @@ def may_be_billed(error: BaseException) -> bool:
     A status that refuses the request is not billed; no connection, nothing sent. Everything else (a timeout, a dropped
     connection, a cancelled task, an answer that cannot be read, an error inside a stream) may have been, and counts as if it was.
     """
+    if isinstance(error, ClevAgentError):
+        # Somebody further in has refused it; what was sent before, and failed, is its cause.
+        return error.__cause__ is not None and may_be_billed(error.__cause__)
     status = _status(error)
     if status is not None:
         return status in _GATEWAY or status < _FIRST_ERROR

@@ -28,8 +28,9 @@ _AFTER_THINKING = 256
 _NESTED = ("extra_body", "model_kwargs", "options", "generation_config")
 _UNBOUNDED = (
     "previous_response_id", "prompt", "mcp_servers", "container", "conversation", "cached_content", "web_search_options", "thread",
+    "data_sources", "search_parameters", "plugins", "enable_search",
 )  # fmt: skip
-"""Parameters that put text before the model which is not in the request."""
+"""Parameters that put text before the model which is not in the request; also those of Azure, xAI, OpenRouter and DashScope."""
 _MESSAGES = ("messages", "input", "system")
 _NO_TEXT = frozenset({
     *LIMIT_KEYS,
@@ -90,7 +91,7 @@ def schemas_of(params: Mapping[str, Any]) -> Sequence[object]:
 
 def is_unbounded(params: Mapping[str, Any]) -> bool:
     """Tell whether the request refers to text that is not in it, or uses tools that run at the provider."""
-    if any(params.get(key) is not None for key in _UNBOUNDED) or params.get("use_previous_response_id"):
+    if any(params.get(key) not in (None, False) for key in _UNBOUNDED) or params.get("use_previous_response_id"):
         return True
     if any(is_opaque(params[key]) for key in _MESSAGES if key in params):
         return True

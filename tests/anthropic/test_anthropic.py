@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 import clevagent
 from clevagent import Budget, BudgetExceeded, Price, UsageError
-from clevagent.testing import Reply
+from clevagent.testing import LoopbackProvider, Reply
 from clevagent_core.money import PICO_PER_USD
 
 # One SDK is built on httpx, the other on httpx2; the transports are alike.
@@ -181,6 +181,72 @@ def test_a_dearer_mode_has_a_price_of_its_own(provider, client):
     assert run.summary().total.cost_usd == 5 * 18e-6 + 50 * 90e-6
 
 
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"fallbacks": [{"model": "claude-opus-4-1", "max_tokens": 32_000}]}, "fallbacks"),
+        ({"fallbacks": "default"}, "fallbacks"),
+        ({"tools": [{"type": "advisor_20260301", "name": "advisor", "model": "claude-opus-4-1"}]}, "an advisor"),
+    ],
+)
+@pytest.mark.parametrize("budget", [Budget(usd=100), Budget(tokens=10**9)], ids=["usd", "tokens"])
+def test_a_request_in_which_another_model_may_write_is_refused(provider, client, extra, name, budget):
+    with clevagent.run(budgets=[budget]), pytest.raises(UsageError, match=f"/v1/messages with {name}"):
+        client.messages.create(**PARAMS, extra_body=extra)
+    assert provider.request_count == 0
+
+
+WINDOW = 1000
+
+
+@pytest.mark.parametrize(
+    ("extra", "windows"),
+    [
+        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, 1),
+        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, 1),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}]}, 4),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 99}]}, 10),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 10),
+        ({"mcp_servers": [{"type": "url", "name": "a", "url": "https://example.org"}]}, 10),
+    ],
+)
+def test_what_text_cannot_bound_counts_as_the_window_as_often_as_it_may_be_read(provider, client, extra, windows):
+    clevagent.init(prices={MODEL: Price(input=3, output=15, context_window=WINDOW)})
+    with clevagent.run(budgets=[Budget(input_tokens=WINDOW - 1)]), pytest.raises(BudgetExceeded) as stop:
+        client.messages.create(**PARAMS, extra_body=extra)
+    assert (stop.value.needed, provider.request_count) == (windows * WINDOW, 0)
+
+
+def test_a_summary_that_the_provider_may_write_is_reserved_beside_the_answer(provider, client):
+    with clevagent.run(budgets=[Budget(output_tokens=99)]), pytest.raises(BudgetExceeded):
+        client.messages.create(**PARAMS, extra_body={"context_management": {"edits": [{"type": "compact_20260112"}]}})
+    assert provider.request_count == 0
+
+
+def test_a_history_is_bounded_anew_when_thinking_is_turned_on():
+    """Without it the provider leaves the thoughts out of a history, so what it reported then says too little."""
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "x" * 20_000}], "max_tokens": 2000}
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    with (
+        LoopbackProvider(tokens_per_byte=0.02) as provider,
+        anthropic.Anthropic(api_key="test", base_url=provider.anthropic_url) as plain,
+    ):
+        client = clevagent.guard(plain)
+        with clevagent.run(budgets=[Budget(input_tokens=100_000)]):
+            client.messages.create(**request)
+        with clevagent.run(budgets=[Budget(input_tokens=10_000)]):
+            client.messages.create(**request)
+        with clevagent.run(budgets=[Budget(input_tokens=10_000)]), pytest.raises(BudgetExceeded):
+            client.messages.create(**request, thinking=thinking)
+        assert provider.request_count == 2
+
+
+@pytest.mark.parametrize("kind", ["AnthropicVertex", "AsyncAnthropicVertex"])
+def test_a_client_for_vertex_keeps_its_region(kind):
+    client = getattr(anthropic, kind)(region="us-east5", project_id="p", access_token="t")
+    assert clevagent.guard(client).region == "us-east5"
+
+
 def test_what_is_marked_for_the_cache_is_reserved_at_the_price_of_writing_it(client):
     needed = []
     for mark in ({}, {"cache_control": {"type": "ephemeral"}}):
@@ -241,6 +307,20 @@ def test_cached_tokens_are_counted_at_their_price(is_stream):
     total = run.summary().total
     assert (total.input_tokens, total.output_tokens) == (1110, 7)
     assert total.cost_usd == pytest.approx(10 * 3e-6 + 100 * 0.3e-6 + 1000 * 6e-6 + 7 * 15e-6)
+
+
+def test_what_was_used_on_the_way_is_counted_beside_the_totals():
+    """A summary of a context that grew too long is no part of the totals; an iteration of the model itself is."""
+    part = {"input_tokens": 1000, "output_tokens": 50, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
+    usage = {**USAGE, "iterations": [{**part, "type": "compaction"}, {**part, "type": "message", "input_tokens": 10}]}
+
+    def handle(request):
+        return httpx.Response(200, json=START | {"usage": usage, "stop_reason": "end_turn"})
+
+    with clevagent.run(budgets=[Budget(tokens=100_000)]) as run:
+        clevagent.guard(served(handle)).messages.create(**PARAMS)
+    total = run.summary().total
+    assert (total.input_tokens, total.output_tokens) == (2110, 57)
 
 
 def test_usage_that_cannot_be_true_is_charged_at_the_bound():

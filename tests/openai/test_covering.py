@@ -17,6 +17,8 @@ from clevagent import Budget, BudgetExceeded, UsageError
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
 
+from .conftest import LIMIT, PROMPT
+
 
 @pytest.fixture
 def model(provider):
@@ -233,3 +235,47 @@ def test_a_client_counts_for_each_of_two_watchdogs(provider, model, watchdog):
     model().invoke("Hello")
     for one in (first, second):
         assert one.process_run.summary().total.calls == provider.request_count == 1
+
+
+def ask_below(how, provider, chat, model, **options):
+    """Send one request in the middle of a call that counts already, by an SDK that repeats by itself."""
+    if how == "llm_call":
+        client = clevagent.guard(chat.client(**options))
+        with clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=LIMIT) as call:
+            answer = chat.ask(client)
+            call.settle(input_tokens=answer.usage.prompt_tokens, output_tokens=answer.usage.completion_tokens)
+    else:
+        model(max_tokens=LIMIT, **options).invoke(PROMPT)
+
+
+@pytest.mark.parametrize("how", ["llm_call", "langchain"])
+def test_what_an_sdk_repeats_below_a_call_is_reserved_each_time(provider, chat, model, how):
+    """Each request that timed out may be billed, and the call around it counts one."""
+    provider.reset([Reply(hang=True), Reply(hang=True), Reply()])
+    if how == "langchain":
+        clevagent.init(attach=["langchain", "openai"])
+    with clevagent.run(budgets=[Budget(usd=1)]) as run:
+        ask_below(how, provider, chat, model, timeout=0.3, max_retries=2)
+    assert provider.request_count == 3
+    assert round(run.summary().total.cost_usd * PICO_PER_USD) >= provider.billed_pico
+    assert run.summary().total.calls == 3
+
+
+@pytest.mark.parametrize("how", ["llm_call", "langchain"])
+def test_what_an_sdk_repeats_below_a_call_is_refused_where_it_does_not_fit(provider, chat, model, how):
+    provider.reset([Reply(hang=True)] * 3)
+    ceiling = chat.price() * 3 // 2
+    if how == "langchain":
+        clevagent.init(attach=["langchain", "openai"])
+    with clevagent.run(budgets=[Budget(usd=ceiling / PICO_PER_USD)]) as run, pytest.raises(BudgetExceeded):
+        ask_below(how, provider, chat, model, timeout=0.3, max_retries=2)
+    assert provider.request_count == 1
+    assert provider.billed_pico <= round(run.summary().total.cost_usd * PICO_PER_USD) <= ceiling
+
+
+def test_what_is_refused_unbilled_is_repeated_below_a_call_and_counts_once(provider, chat, model):
+    provider.reset([Reply(status=429), Reply(status=429), Reply()])
+    with clevagent.run(budgets=[Budget(usd=1)]) as run:
+        ask_below("llm_call", provider, chat, model, max_retries=2)
+    assert (provider.request_count, run.summary().total.calls) == (3, 1)
+    assert round(run.summary().total.cost_usd * PICO_PER_USD) == provider.billed_pico

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import http.server
+import json
+import threading
 
 import openai
 import pytest
@@ -51,6 +54,45 @@ def test_the_user_sees_the_stream_that_they_asked_for(chat, run):
     assert all(chunk["choices"] for chunk in guarded)
     assert chat.provider.requests[1].body["stream_options"] == {"include_usage": True}
     assert recorded(run) == chat.provider.requests[1].billed_usd_pico
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/event-stream;charset=utf-8", "Text/Event-Stream", "text/plain", "application/json", None]
+)
+def test_a_stream_is_one_whatever_its_server_calls_it(run, content_type):
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o"}
+    told = [
+        chunk | {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": "stop"}]},
+        chunk | {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}},
+    ]
+    body = "\n".join(f"data: {json.dumps(event)}\n" for event in told) + "\ndata: [DONE]\n\n"
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            if content_type is not None:
+                self.send_header("content-type", content_type)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with openai.OpenAI(api_key="test", base_url=f"http://127.0.0.1:{server.server_port}") as client:
+                question = [{"role": "user", "content": "Hello"}]
+                chunks = list(clevagent.guard(client).chat.completions.create(model="gpt-4o", messages=question, stream=True))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [found.choices[0].delta.content for found in chunks] == ["Hi"]
+    assert run.summary().calls_charged_at_bound == 0
+    assert run.summary().total.output_tokens == 1
 
 
 def test_a_user_who_asked_for_usage_sees_it(chat, run):
