@@ -8,12 +8,12 @@ files, moderations, token counts. Checked with openai 1.109, 2.54 and 3.54.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clevagent_core.bounds import content_bound
 from clevagent_core.calls import LLMCall
-from clevagent_core.providers.answers import ChatReader, ResponsesReader
+from clevagent_core.providers.answers import ChatReader, Reader, ResponsesReader
 from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
 
 _PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
@@ -46,7 +46,22 @@ def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
 
 
 class _LimitedPlan(JsonPlan):
-    """A chat or text completion, whose limit and question for usage not every server takes."""
+    """A request for text, whose limit and question for usage not every server takes."""
+
+    _has_flipped = False
+    _added: int | None = None
+    """The limit that was sent last, where nobody had asked for one."""
+
+    def __init__(self, client: Any, call: LLMCall, body: dict[str, Any], reader: Callable[[], Reader], **given: Any) -> None:
+        """Plan a request: see :class:`JsonPlan`."""
+        super().__init__(call, body, reader, **given)
+        self._server = str(client.base_url)
+        call.most_output_tokens = _learnt.get((self._server, call.model)) or _most(call.model)
+
+    def body(self, limit: int | None) -> Mapping[str, Any]:
+        """See :meth:`JsonPlan.body`."""
+        self._added = limit if self.call.max_output_tokens is None else None
+        return super().body(limit)
 
     def adapt(self, error: Exception) -> bool:
         """See :meth:`clevagent_core.providers.clients.Plan.adapt`. Such a refusal is not billed."""
@@ -58,20 +73,33 @@ class _LimitedPlan(JsonPlan):
             del self._body["stream_options"]
             return True
         key = self._limit_key
-        if self.call.max_output_tokens is not None or key is None or key not in text:
-            return False  # the user has named it
-        if self.call.most_output_tokens is not None and _TOO_LARGE.search(text):
-            # It can write less than others of its family.
-            self.call.most_output_tokens = None
-            return True
+        if key is None or self._added is None:
+            return False
+        if _TOO_LARGE.search(text) and (key in text or "context" in text):
+            return self._lower(is_for_good="context" not in text)
+        if key not in text or key not in _OTHER:
+            return False
         # A model that knows only the other name of it.
-        self._limit_key = None if self._has_flipped else _OTHER.get(key)
+        self._limit_key = None if self._has_flipped else _OTHER[key]
         self._has_flipped, flipped = True, self._has_flipped
-        return not flipped and self._limit_key is not None
+        return not flipped
 
-    _has_flipped = False
+    def _lower(self, *, is_for_good: bool) -> bool:
+        """Ask for less: the model can write less than others of its family, or with this prompt its window is nearly full."""
+        most = (self._added or 0) // 4
+        if most < self.call.min_output_tokens:
+            return False
+        self.call.most_output_tokens = most
+        if is_for_good:
+            if len(_learnt) >= _LEARNT:
+                _learnt.clear()
+            _learnt[self._server, self.call.model] = most
+        return True
 
 
+_LEARNT = 1000
+_learnt: dict[tuple[str, str], int] = {}
+"""What models of servers took, which were refused more: not to be refused each time."""
 _TOO_LARGE = re.compile(r"too large|at most|maximum|exceed|<=|less than")
 _OTHER = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
@@ -88,8 +116,9 @@ def _chat(client: Any, body: dict[str, Any]) -> JsonPlan:
     hides = _ask_for_usage(body)
     # Both names are taken by OpenAI itself, but for the models that refuse one; other servers may know only the old one.
     is_new = "openai.com" in str(client.base_url) or _REASONING.search(model) is not None
-    call.most_output_tokens = _most(model)
-    return _LimitedPlan(call, body, ChatReader, limit_key="max_completion_tokens" if is_new else "max_tokens", hides_usage=hides)
+    return _LimitedPlan(
+        client, call, body, ChatReader, limit_key="max_completion_tokens" if is_new else "max_tokens", hides_usage=hides
+    )
 
 
 def _completion(client: Any, body: dict[str, Any]) -> JsonPlan:
@@ -97,7 +126,7 @@ def _completion(client: Any, body: dict[str, Any]) -> JsonPlan:
     rest = {key: value for key, value in body.items() if key not in {"prompt", "best_of", "n"}}
     made = [count for key in ("n", "best_of") if type(count := body.get(key)) is int]
     call = describe(_model(client, body), prompts, rest, provider=_biller(client), answers=max([1, *made]) * max(1, len(prompts)))
-    return _LimitedPlan(call, body, ChatReader, limit_key="max_tokens", hides_usage=_ask_for_usage(body))
+    return _LimitedPlan(client, call, body, ChatReader, limit_key="max_tokens", hides_usage=_ask_for_usage(body))
 
 
 def _response(client: Any, body: dict[str, Any]) -> JsonPlan | UnpricedPlan:
@@ -108,8 +137,7 @@ def _response(client: Any, body: dict[str, Any]) -> JsonPlan | UnpricedPlan:
     rest = {key: value for key, value in body.items() if key not in {"instructions", "input", "n"}}
     model = _model(client, body)
     call = describe(model, items, rest, provider=_biller(client))
-    call.most_output_tokens = _most(model)
-    return _LimitedPlan(call, body, ResponsesReader, limit_key="max_output_tokens")
+    return _LimitedPlan(client, call, body, ResponsesReader, limit_key="max_output_tokens")
 
 
 def _embeddings(client: Any, body: dict[str, Any]) -> JsonPlan:

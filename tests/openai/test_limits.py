@@ -56,13 +56,37 @@ def test_a_model_that_writes_less_than_others_of_its_family_is_asked_again(provi
     provider.reset(
         lambda body: Reply(status=400, error_message=f"{key} is too large: it is at most 8192.") if body[key] > 8192 else Reply()
     )
-    with clevagent.run(budgets=[Budget(usd=10)]) as run:
+
+    def ask():
         if endpoint == "chat":
             client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
         else:
             client.responses.create(model="gpt-4o", input="Hello")
+
+    with clevagent.run(budgets=[Budget(usd=10)]) as run:
+        ask()
     assert (sent(provider), provider.request_count) == ({key: 4096}, 2)
     assert run.summary().total.calls == 1
+    with clevagent.run(budgets=[Budget(usd=10)]):
+        ask()
+    assert provider.request_count == 3  # and what it takes is known now
+
+
+def test_a_small_window_takes_what_fits_into_it(provider, client):
+    """As servers of one's own say it, which do not name the parameter."""
+    refusal = Reply(status=400, error_message="This model's maximum context length is 4096 tokens. However, you requested more.")
+    provider.reset(lambda body: refusal if body["max_tokens"] > 4000 else Reply())
+    clevagent.init(prices={"llama": Price(input=1, output=1)})
+    with clevagent.run(budgets=[Budget(usd=10)]) as run:
+        client.chat.completions.create(model="llama", messages=MESSAGES)
+    assert (sent(provider), run.summary().total.calls) == ({"max_tokens": 1024}, 1)
+
+
+def test_a_prompt_that_fits_no_window_is_the_users_error(provider, client):
+    provider.reset(lambda _: Reply(status=400, error_message="This model's maximum context length is 4096 tokens."))
+    with clevagent.run(budgets=[Budget(usd=10)]) as run, pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+    assert run.summary().total.calls == 0
 
 
 def test_a_model_that_knows_only_the_other_name_of_it_is_asked_again(provider, client):
