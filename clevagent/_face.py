@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -12,9 +13,12 @@ from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
 from clevagent_core.money import to_pico
+from clevagent_core.providers.requests import whole
 from clevagent_core.tickets import plain_step
 from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import RunBlock, Watchdog
+
+logger = logging.getLogger("clevagent")
 
 T = TypeVar("T")
 
@@ -194,6 +198,8 @@ def ping(
         UsageError: an amount that cannot be one.
 
     """
+    if _is_over("ping"):
+        return
     if tokens_used or cost_usd or tool_calls:
         _log(tokens=tokens_used, cost_usd=cost_usd, tool_calls=tool_calls, who="ping", tokens_name="tokens_used")
     run = default.current().current_run()
@@ -201,7 +207,7 @@ def ping(
         run.step(plain_step("ping", status))
         return
     told = {"message": message or None, "iteration_count": iteration_count, "memory_mb": memory_mb}
-    detail = {name: value for name, value in told.items() if value is not None} | dict(custom or {}) | dict(meta or {})
+    detail = {name: value for name, value in told.items() if value is not None} | _named("custom", custom) | _named("meta", meta)
     run.step(Step(kind="ping", name=status, detail=detail))
 
 
@@ -245,13 +251,15 @@ def log_cost(
             f"log_cost(model={model!r}) tells neither a cost nor tokens, so there is nothing to record. Give cost_usd=..., or the name of "
             "a model and its input_tokens= and output_tokens=."
         )
+    if _is_over("log_cost"):
+        return
     _log(
         tokens=tokens,
         cost_usd=cost if cost_usd is None else cost_usd,
         model=model,
         tool_calls=tool_calls,
-        input_tokens=input_tokens or 0,
-        output_tokens=output_tokens or 0,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
     )
     if iteration_count is not None:
         log_iteration(iteration_count)
@@ -259,6 +267,8 @@ def log_cost(
 
 def log_tool_call(name: str, args_summary: object = None) -> None:
     """Record a tool call that was made without being asked for. It counts; the next guarded call may be refused."""
+    if _is_over("log_tool_call"):
+        return
     default.current().current_run().log(ToolCall(tool=name, arguments=args_summary), Usage(), None)
 
 
@@ -269,6 +279,8 @@ def log_iteration(count: int | None = None) -> None:
         count: how often it has so far; counted for the run when not given.
 
     """
+    if _is_over("log_iteration"):
+        return
     run = default.current().current_run()
     if count is None:
         count = run.state[log_iteration] = run.state.get(log_iteration, 0) + 1
@@ -281,24 +293,46 @@ def _log(
     cost_usd: float | None,
     tool_calls: int | None,
     model: str | None = None,
-    input_tokens: int = 0,
-    output_tokens: int = 0,
+    input_tokens: int | None = None,
+    output_tokens: int | None = None,
     who: str = "log_cost",
     tokens_name: str = "tokens",
 ) -> None:
-    counts = {tokens_name: tokens or 0, "input_tokens": input_tokens, "output_tokens": output_tokens, "tool_calls": tool_calls or 0}
-    for name, count in counts.items():
-        if type(count) is not int or count < 0:
-            raise UsageError(f"{who}({name}={count!r}) is no count, so nothing was recorded. Give a whole number of at least 0.")
+    given = {tokens_name: tokens, "input_tokens": input_tokens, "output_tokens": output_tokens, "tool_calls": tool_calls}
+    counts = {name: _count(who, name, value) for name, value in given.items()}
+    tokens, input_tokens, output_tokens, tool_calls = counts.values()
     watchdog = default.current()
     run = watchdog.current_run()
     paid = None if cost_usd is None else to_pico(cost_usd, what="cost_usd")
     if paid is not None or tokens or input_tokens or output_tokens:
         call = LLMCall(model=model or "unknown", tool=watchdog.tool.get(), node=watchdog.node.get())
-        usage = Usage(input_tokens=(tokens or 0) + input_tokens, output_tokens=output_tokens)
-        run.log(call, usage, _cost_of(watchdog, call, tokens or 0, usage) if paid is None else paid)
-    for _ in range(tool_calls or 0):
+        usage = Usage(input_tokens=tokens + input_tokens, output_tokens=output_tokens)
+        run.log(call, usage, _cost_of(watchdog, call, tokens, usage) if paid is None else paid)
+    for _ in range(tool_calls):
         run.log(ToolCall(tool="unknown"), Usage(), None)
+
+
+def _count(who: str, name: str, value: object) -> int:
+    """Read a count: also one of numpy's, and ``150.0``."""
+    if value is None:
+        return 0
+    count = value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else whole(value)
+    if count is None or count < 0:
+        raise UsageError(f"{who}({name}={value!r}) is no count, so nothing was recorded. Give a whole number of at least 0.")
+    return int(count)
+
+
+def _named(name: str, given: object) -> dict[str, object]:
+    """Take what a ping told beside its words: usually by names."""
+    return {} if given is None else dict(given) if isinstance(given, Mapping) else {name: given}
+
+
+def _is_over(what: str) -> bool:
+    """Tell whether nothing can be recorded any more. What only tells something never raises for that."""
+    if not default.is_over():
+        return False
+    logger.warning("%s() was called after clevagent.shutdown(), and recorded nothing. Call clevagent.init(...) first.", what)
+    return True
 
 
 def _cost_of(watchdog: Watchdog, call: LLMCall, undivided: int, usage: Usage) -> int | None:

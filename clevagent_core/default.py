@@ -62,6 +62,11 @@ def current() -> Watchdog:
         return _watchdog
 
 
+def is_over() -> bool:
+    """Tell whether a watchdog with budgets was shut down, and none was started since."""
+    return _watchdog is None and _was_shut_down
+
+
 def shutdown() -> None:
     """Shut the process's watchdog down, if there is one."""
     global _watchdog, _was_shut_down  # noqa: PLW0603 - one per process is what this module is for

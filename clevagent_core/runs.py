@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from clevagent_core.accounts import accounts_of, record
+from clevagent_core.accounts import accounts_of
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
@@ -205,9 +205,13 @@ class Run:
         return self._tally.cost
 
     def log(self, call: Call, usage: Usage, cost_pico: int | None) -> None:
-        """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``."""
-        record(self, call, usage, cost_pico)
+        """Record a call that was made elsewhere. It is always recorded, even past a ceiling, and never raises ``Stopped``.
+
+        What the ledger cannot take now is kept, and recorded before the next call is let through.
+        """
+        self.watchdog.unrecorded.append((self, call, usage, cost_pico))
         self.count(call, usage, cost_pico)
+        self.watchdog.record_waiting()
 
     # -- what it has used -------------------------------------------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
+from clevagent_core.accounts import record
 from clevagent_core.baselines import Baselines
 from clevagent_core.budgets import Budget, as_budgets, check_actions, check_names
-from clevagent_core.calls import LLMCall
+from clevagent_core.calls import Call, LLMCall, Usage
 from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.control import Control
-from clevagent_core.errors import UsageError
+from clevagent_core.errors import LedgerError, UsageError
 from clevagent_core.incidents import IncidentTeller
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
@@ -106,11 +107,13 @@ class Watchdog:
         self.plugins = Plugins(block=self.settings.block)
         self._teller = IncidentTeller(self.plugins.incident, self.clock)
         self._lock = threading.RLock()
+        # The runs that raw threads may belong to, each with whether it is a block of the user's.
         self._active: dict[Run, bool] = {}
-        """The runs that raw threads may belong to, each with whether it is a block of the user's."""
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
         self._next_expiry_check = self.clock.monotonic()
         self._told: set[tuple[str, object]] = set()
+        # Calls that were made elsewhere, and that the ledger could not take yet.
+        self.unrecorded: deque[tuple[Run, Call, Usage, int | None]] = deque()
         self._attached: set[str] = set()
         self.plugins.load(self.settings.plugins)
         self.ledger: Ledger = self._open_ledger()
@@ -346,6 +349,27 @@ class Watchdog:
         logger.warning("%s", incident.message, extra={"clevagent_incident": incident})
         self._teller.tell(incident)
 
+    def record_waiting(self) -> None:
+        """Record what was logged. What the ledger still cannot take waits, and that is told once; nothing is raised for it."""
+        waiting = self.unrecorded
+        while waiting:
+            try:
+                logged = waiting.popleft()
+            except IndexError:  # another thread has taken it
+                return
+            try:
+                record(*logged)
+            except LedgerError as error:
+                waiting.appendleft(logged)
+                message = f"What was logged is not recorded yet: {error} It is kept in memory, and recorded before the next call is let through."
+                self.tell_once(
+                    Incident(
+                        kind="ledger", message=message, agent=self.settings.agent, run_id=logged[0].run_id, at=self.clock.wall()
+                    ),
+                    key="unrecorded",
+                )
+                return
+
     def tell_once(self, incident: Incident, *, key: object) -> None:
         """Tell an incident, unless one of its kind was told for ``key`` before."""
         told = incident.kind, key
@@ -376,6 +400,9 @@ class Watchdog:
             for run in reversed(active):
                 run.end()
             self.process_run.end()
+            self.record_waiting()
+            if self.unrecorded:
+                logger.warning("%d calls that were logged could not be recorded in the ledger, and are lost.", len(self.unrecorded))
         # else forked: the runs are the parent's to end.
         self._is_shut_down = True
         # First, so that what observers and the last heartbeat have to tell is complete.
@@ -404,6 +431,7 @@ class Watchdog:
     def _after_fork(self) -> None:
         # Threads of the parent may have held these locks; the child has none of them.
         self._lock = threading.RLock()
+        self.unrecorded.clear()  # the parent records it
         self.baselines.after_fork()
         for run in {self.process_run, *self._active, *self._roots}:
             run.after_fork()

@@ -153,6 +153,8 @@ class BudgetGuard:
 
     def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts, *, latch: bool = True) -> Hold | Refusal:
         watchdog = run.watchdog
+        if watchdog.unrecorded:
+            watchdog.record_waiting()
         return watchdog.ledger.reserve(
             found.lines,
             amounts,

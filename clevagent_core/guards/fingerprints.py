@@ -401,7 +401,7 @@ def _is_label(key: str) -> bool:
 def _of_number(value: float) -> int:
     """Give a number's fingerprint. Not its ``hash``: -1 and -2 have the same one, and NaN has a different one each time."""
     if 0 <= value < _SMALL and value == int(value):
-        return int(value)  # most numbers; 1 and 1.0 are the same
+        return int(value) + 1  # most numbers; 1 and 1.0 are the same. Not 0, which is the hash of no text
     if isinstance(value, int) and not -(1 << 256) < value < 1 << 256:
         return _hash(("number", value.bit_length(), value))  # to write it out would take long, or be refused
     return _hash(("number", repr(value).removesuffix(".0")))

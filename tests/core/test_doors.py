@@ -389,11 +389,19 @@ def test_what_text_cannot_bound_counts_as_the_context_window(init, block):
         assert held_tokens(run) == 1000
 
 
-@pytest.mark.parametrize("tool", [{"type": "web_search_20250305", "name": "web_search"}, {"type": "mcp", "server_label": "x"}])
-def test_tools_that_the_provider_runs_count_as_the_context_window(init, tool):
+@pytest.mark.parametrize(
+    ("tool", "windows"),
+    [
+        ({"type": "web_search_20250305", "name": "web_search"}, 10),
+        ({"type": "web_search_20250305", "name": "web_search", "max_uses": 1}, 2),
+        ({"type": "mcp", "server_label": "x"}, 10),
+        ({"type": "computer_use_preview"}, 1),
+    ],
+)
+def test_tools_that_the_provider_runs_count_as_the_context_window_each_time_it_may_be_read(init, tool, windows):
     init()
-    with clevagent.run(budgets=[Budget(input_tokens=10_000)]) as run, call(tools=[tool]):
-        assert held_tokens(run) == 1000
+    with clevagent.run(budgets=[Budget(input_tokens=20_000)]) as run, call(tools=[tool]):
+        assert held_tokens(run) == windows * 1000
 
 
 @pytest.mark.parametrize("tool", [{"name": "search", "input_schema": {}}, {"type": "function", "function": {}}, {"type": "custom"}])

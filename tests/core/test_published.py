@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 
 import pytest
 from inline_snapshot import snapshot
@@ -115,6 +116,40 @@ def test_an_endpoint_with_a_password_is_refused_and_not_shown(init):
     assert message_of(init, **{**SERVICE, "endpoint": "https://ana:hunter2@monitor/"}) == snapshot(
         "endpoint='https://...@monitor/' is no address, so no heartbeat could be sent there. Write it with its scheme, without a user's name, query or fragment, for example endpoint='https://monitor.example.com'."
     )
+
+
+def test_what_only_tells_something_raises_nothing_after_the_end(init, caplog):
+    init(budgets=[Budget(usd=1)])
+    clevagent.shutdown()
+    clevagent.ping("done")
+    clevagent.log_cost(tokens=5, model="cent")
+    clevagent.log_tool_call("search")
+    clevagent.log_iteration(3)
+    assert [record.message.partition(" ")[0] for record in caplog.records] == [
+        "ping()",
+        "log_cost()",
+        "log_tool_call()",
+        "log_iteration()",
+    ]
+
+
+@pytest.mark.parametrize("tokens", [2.0, pytest.param(types.SimpleNamespace, id="numpy's")])
+def test_a_count_may_be_any_whole_number(init, tokens):
+    class Index:  # as numpy's integers are
+        def __index__(self):
+            return 2
+
+    init()
+    with clevagent.run() as run:
+        clevagent.log_cost(tokens=tokens if isinstance(tokens, float) else Index(), model="cent")
+    assert run.summary().total.cost_usd == pytest.approx(0.02)
+
+
+def test_a_ping_takes_whatever_it_is_told(init, heard):
+    watchdog = init(plugins=[heard])
+    clevagent.ping(custom="half way", meta=[1, 2])
+    assert [step.detail for step in heard.steps] == [{"custom": "half way", "meta": [1, 2]}]
+    assert watchdog.process_run.summary().total.calls == 0
 
 
 @pytest.mark.parametrize("wrong", [{"api_key": ""}, {"endpoint": 5}, {"interval": 0}, {"interval": "soon"}, {"auto_cost": "yes"}])

@@ -259,6 +259,25 @@ def test_a_file_that_is_locked_by_another_program_refuses_and_settles_once_that_
     assert watchdog.ledger._database.read("SELECT count(*) FROM hold") == [(0,)]
 
 
+def test_what_is_logged_while_the_file_is_locked_is_told_and_recorded_before_the_next_call(path, watch, monkeypatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.05)
+    watchdog = watch()
+    watchdog.process_run.open(ask()).settle(USED)
+    shell = sqlite3.connect(path, isolation_level=None)
+    shell.execute("BEGIN EXCLUSIVE")
+    for _ in range(2):
+        watchdog.process_run.log(ask(), USED, None)
+    shell.execute("ROLLBACK")
+    shell.close()
+    assert [incident.message.partition(":")[0] for incident in watchdog.recent if incident.kind == "ledger"] == [
+        "What was logged is not recorded yet"
+    ]
+    assert watchdog.process_run.summary().total.calls == 3
+    assert watchdog.ledger._database.read("SELECT spent, held FROM account") == [(1, 0)]
+    watchdog.process_run.open(ask()).settle(USED)
+    assert watchdog.ledger._database.read("SELECT spent, held FROM account") == [(4, 0)]
+
+
 def test_every_way_to_end_a_call_waits_for_the_trouble_to_be_over(path, open_here, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.01)
     here = open_here()
