@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 import signal
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,10 @@ def test_python_blocks_run_and_print_what_the_page_shows(page, monkeypatch, tmp_
             exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
             if number < len(found) and found[number][0] == "text":
                 assert capsys.readouterr().out == found[number][1], f"block {number}"
+    # A page leaves its clients to the collector, as a session does: here, and not in the middle of another test.
+    namespace.clear()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
 def test_shell_blocks_name_what_exists():
