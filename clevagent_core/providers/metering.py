@@ -186,9 +186,18 @@ def _tapped(base: type[Any]) -> type[Any]:
         finally:
             _end(_meters(self))
 
-    body = {"iter_bytes": iter_bytes, "aiter_bytes": aiter_bytes, "close": close, "aclose": aclose}
+    def reduce_ex(self: Any, protocol: object) -> tuple[Any, ...]:  # noqa: ARG001 - as pickle asks
+        # Pickled as what it was: nobody could import the subclass.
+        state = {name: value for name, value in self.__getstate__().items() if name != _METERS}
+        return _blank, (base,), state
+
+    body = {"iter_bytes": iter_bytes, "aiter_bytes": aiter_bytes, "close": close, "aclose": aclose, "__reduce_ex__": reduce_ex}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, **body})
+
+
+def _blank(kind: type[Any]) -> Any:
+    return kind.__new__(kind)
 
 
 def _meters(response: Any) -> tuple[Meter, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
+import json
 
 import pytest
 from langchain_anthropic import ChatAnthropic
@@ -13,7 +15,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 import clevagent
-from clevagent import Budget, BudgetExceeded, UsageError
+from clevagent import Budget, BudgetExceeded, UsageError, Watchdog
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
 
@@ -279,3 +281,38 @@ def test_what_is_refused_unbilled_is_repeated_below_a_call_and_counts_once(provi
         ask_below("llm_call", provider, chat, model, max_retries=2)
     assert (provider.request_count, run.summary().total.calls) == (3, 1)
     assert round(run.summary().total.cost_usd * PICO_PER_USD) == provider.billed_pico
+
+
+def test_a_request_inside_a_block_writes_no_more_than_the_block_said(provider, chat):
+    client = clevagent.guard(chat.client())
+    with (
+        clevagent.run(budgets=[Budget(usd=1)]) as run,
+        clevagent.llm_call(model="gpt-4o", input=PROMPT, max_output_tokens=10) as call,
+    ):
+        answer = chat.ask(client, limit=5000)
+        call.settle(input_tokens=answer.usage.prompt_tokens, output_tokens=answer.usage.completion_tokens)
+    assert provider.requests[0].body["max_tokens"] == 10
+    assert round(run.summary().total.cost_usd * PICO_PER_USD) == provider.billed_pico
+
+
+def test_guards_of_two_watchdogs_around_one_client_both_hold(provider, chat):
+    first, second = (Watchdog(budgets=[Budget(llm_calls=limit, per="lifetime")]) for limit in (2, 5))
+    client = clevagent.guard(clevagent.guard(chat.client(), watchdog=first), watchdog=second)
+    for _ in range(2):
+        chat.ask(client)
+    with pytest.raises(BudgetExceeded):
+        chat.ask(client)
+    assert (provider.request_count, first.process_run.summary().total.calls, second.process_run.summary().total.calls) == (2, 2, 2)
+    for watchdog in (first, second):
+        watchdog.shutdown()
+
+
+def test_a_request_that_is_given_as_bytes_is_guarded_too(provider, chat):
+    client = clevagent.guard(chat.client())
+    if "content" not in inspect.signature(type(client).post).parameters:
+        pytest.skip("older SDKs take no bytes")
+    body = json.dumps(chat.params(limit=5000)).encode()
+    with clevagent.run(budgets=[Budget(output_tokens=300)]) as run:
+        client.post("/chat/completions", content=body, options={"headers": {"Content-Type": "application/json"}}, cast_to=object)
+    assert provider.requests[0].body["max_tokens"] == 300
+    assert run.summary().total.calls == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import http.server
 import json
+import pickle
 import threading
 
 import openai
@@ -93,6 +94,15 @@ def test_a_stream_is_one_whatever_its_server_calls_it(run, content_type):
     assert [found.choices[0].delta.content for found in chunks] == ["Hi"]
     assert run.summary().calls_charged_at_bound == 0
     assert run.summary().total.output_tokens == 1
+
+
+def test_a_response_is_pickled_as_without_us(chat, run):
+    client = clevagent.guard(chat.client())
+    with client.chat.completions.with_streaming_response.create(**chat.params()) as response:
+        response.read()
+        copied = pickle.loads(pickle.dumps(response.http_response))  # noqa: S301 - our own
+    assert type(copied) is type(response.http_response).__base__
+    assert copied.json() == response.http_response.json()
 
 
 def test_a_user_who_asked_for_usage_sees_it(chat, run):
