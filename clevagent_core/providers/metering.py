@@ -196,7 +196,7 @@ def _tapped(base: type[Any]) -> type[Any]:
     return type(base.__name__, (base,), {**names, **body})
 
 
-def _blank(kind: type[Any]) -> Any:
+def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
