@@ -115,7 +115,6 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         ticket = self._tracker().take_ticket(run_id)
         if ticket is None:
             return
-        uncover(ticket)
         try:
             reported = _reported(response)
             if is_cached(reported):
@@ -129,14 +128,16 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
             logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
             ticket.settle()
+        finally:
+            uncover(ticket)
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Release or charge a model call that failed or was broken off."""
         ticket = self._tracker().take_ticket(run_id)
         if ticket is None:
             return
-        uncover(ticket)
         fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
+        uncover(ticket)
 
     # -- tool calls -------------------------------------------------------------------------------------------------------
 
