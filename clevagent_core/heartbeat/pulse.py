@@ -240,7 +240,7 @@ class Pulse:
 
         watchdog = self._watchdog
         stack = from_exception(error)
-        text = f": {error}" if "exception_messages" in watchdog.settings.capture else ""
+        text = f": {_text_of(error)}" if "exception_messages" in watchdog.settings.capture else ""
         self._incidents.append(
             Incident(
                 kind="crash",
@@ -286,6 +286,13 @@ def _told(incident: Incident, *, with_errors: bool = False) -> Mapping[str, obje
         text = incident.message.replace(error, kind)
         incident = replace(incident, message=text, details={**incident.details, "error": kind})
     return {name: getattr(incident, name) for name in _TOLD_FIELDS[:-1]} | {"details": _plain(incident.details)}
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failed:  # whose code: the user's exception, which cannot say what it is
+        return f"(its text cannot be written: {type(failed).__name__})"
 
 
 def _plain(given: Mapping[str, object]) -> Mapping[str, object]:

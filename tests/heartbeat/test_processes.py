@@ -241,6 +241,13 @@ def test_the_text_of_an_exception_is_told_where_it_is_asked_for(start, receiver)
     assert "ValueError: the secret prompt" in crash["message"]
 
 
+def test_an_exception_that_cannot_say_what_it_is_is_told_all_the_same(start, receiver):
+    code = READY + "class Mute(Exception):\n    def __str__(self): raise OSError\nraise Mute\n"
+    start(code, capture="exception_messages").end()
+    (crash,) = crashes(receiver)
+    assert "(its text cannot be written: OSError)" in crash["message"]
+
+
 def test_an_exception_of_a_thread_is_told_and_the_process_goes_on(start, receiver):
     code = (
         READY
