@@ -41,6 +41,8 @@ MODEL_TIMEOUT_S = 600.0
 """What a model call may take whose timeout nobody knows: the default of OpenAI's and Anthropic's SDKs."""
 _RHYTHM = 3
 """A program that pings outside of every run is stalled after so many times its longest pause, if that is more than ``stall_after``."""
+_LATE_S = 5.0
+"""A look that comes so many seconds late says that the whole process stood still (stopped, paused, starved): nothing could move."""
 _TOLD = 100
 
 
@@ -62,6 +64,10 @@ class StallGuard:
         self._timer: Timer | None = None
         self._forked_at = -math.inf
         """When (monotonic seconds) this process was forked from its parent: what has not moved since goes on there."""
+        self._look_at = math.inf
+        """When (monotonic seconds) the next look is due."""
+        self._resumed_at = -math.inf
+        """When (monotonic seconds) the process last went on, after it stood still as a whole."""
         self._told: dict[Run, float] = {}
         """The run trees that were told to stand still, each with when it had moved last."""
 
@@ -114,6 +120,7 @@ class StallGuard:
     def _start(self) -> None:
         with self._lock:
             if self._timer is None:
+                self._look_at = self._watchdog.clock.monotonic() + self._shortest_s()
                 self._timer = self._watchdog.clock.repeat(self.look, self._shortest_s())
 
     def _shortest_s(self) -> float:
@@ -122,6 +129,8 @@ class StallGuard:
     def look(self) -> float:
         """Tell of every run that does not move; answer in how many seconds to look again."""
         now = self._watchdog.clock.monotonic()
+        if now - self._look_at > _LATE_S:
+            self._resumed_at = now
         # Nothing that begins later can be stalled before then.
         soonest = now + self._shortest_s()
         for run in self._watchdog.roots():
@@ -132,7 +141,8 @@ class StallGuard:
                 self._told[run] = run.progress.moved_at
                 self._tell(run, now)
             soonest = min(soonest, self._next_deadline(run, now))
-        return max(soonest - now, 0.001)
+        self._look_at = max(soonest, now + 0.001)
+        return self._look_at - now
 
     def _next_deadline(self, run: Run, now: float) -> float:
         """Tell of a deadline that has passed while nothing was called; give when (monotonic seconds) the next one does."""
@@ -150,7 +160,7 @@ class StallGuard:
         if progress.moved_at <= self._forked_at:
             return math.inf  # it goes on in the parent
         work = list(run.open_work)
-        moved_at = max([progress.moved_at, *(item.moved_at for item in work)])
+        moved_at = max([progress.moved_at, self._resumed_at, *(item.moved_at for item in work)])
         if work:
             return moved_at + max(self._allowance(item) for item in work)
         if run is not self._watchdog.process_run:
@@ -180,7 +190,7 @@ class StallGuard:
         watchdog = self._watchdog
         work = max(list(run.open_work), key=lambda item: item.moved_at, default=None)
         stack = _stack(run.progress.task, run.progress.thread) if work is None else _stack(work.task, work.thread)
-        since = now - max(run.progress.moved_at, work.moved_at if work is not None else 0)
+        since = now - max(run.progress.moved_at, self._resumed_at, work.moved_at if work is not None else 0)
         what = f" in {work.name!r}" if work is not None else ""
         where = f"It is blocked in {stack.where}." if stack is not None else "Its thread has ended without a word."
         ends = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -154,6 +155,32 @@ def test_a_stopped_process_is_silent_and_goes_on_where_it_was(start, receiver):
     child.process.communicate("\n", timeout=WAIT_S)
     assert len({beat["boot_id"] for beat in receiver.beats}) == 1
     assert [beat["seq"] for beat in receiver.beats] == list(range(1, len(receiver.beats) + 1))
+
+
+def test_a_process_that_was_stopped_as_a_whole_is_not_stalled(start, receiver):
+    """Its calls have not had the time for which it stood still."""
+    code = textwrap.dedent(
+        """
+        import sys, time, clevagent
+        from clevagent_core.guards import stall
+        stall._LATE_S = 0.5
+        watchdog = clevagent.init(stall_after=1)
+        with clevagent.run(), clevagent.tool_call("index", timeout_s=2):
+            print("working", flush=True)
+            for _ in range(15):
+                time.sleep(0.1)
+        watchdog.flush()
+        print([incident.kind for incident in watchdog.recent], flush=True)
+        """
+    )
+    child = start(code)
+    child.hear("working")
+    child.signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
+    time.sleep(2.5)
+    child.signal(signal.SIGCONT)
+    child.hear("[]")
+    assert child.end()[0] == 0
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------------
