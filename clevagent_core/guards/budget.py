@@ -135,7 +135,7 @@ class BudgetGuard:
         token = self._asking.set(True)
         try:
             return action(incident)
-        except Exception:
+        except Exception:  # whose code: the user's callable; a fault in it lets nothing through
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", incident.budget)
             return None
         finally:
