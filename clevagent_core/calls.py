@@ -60,8 +60,8 @@ class LLMCall:
     """After how many seconds without an answer whoever sends it gives up, where that is known: until then it is not stalled."""
     seen: object = field(default=None, compare=False, repr=False)
     """For the provider of bounds: what it already knew of this history when it was asked."""
-    began: object = field(default=None, compare=False, repr=False)
-    """For the loop guard: what it knew of the run when this call began."""
+    began: dict[object, int] | None = field(default=None, compare=False, repr=False)
+    """For loop guards: how many steps each had seen when this call began."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,8 +78,8 @@ class ToolCall:
     """The conversation it belongs to."""
     timeout_s: float | None = None
     """After how many seconds it is given up, where that is known: until then it is not stalled."""
-    began: object = field(default=None, compare=False, repr=False)
-    """For the loop guard: what it knew of the run when this call began."""
+    began: dict[object, int] | None = field(default=None, compare=False, repr=False)
+    """For loop guards: how many steps each had seen when this call began."""
 
 
 Call = LLMCall | ToolCall

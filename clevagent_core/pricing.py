@@ -149,6 +149,11 @@ class Rates:
         cache with ``writes_cache=False``.
         """
         tiers = self.tiers
+        if not audio and len(tiers) == 1:
+            with_cache, without_cache, dearest_output = self._dearest[0]
+            return (
+                input_tokens * (with_cache if writes_cache else without_cache) + output_tokens * dearest_output + self.per_request
+            )
         reached = 1
         while reached < len(tiers) and input_tokens > tiers[reached].start:
             reached += 1

@@ -333,8 +333,7 @@ class Run:
         if self.ended_at is not None:
             return self.summary()
         self.ended_at = self.watchdog.clock.wall()
-        for hold in self.watchdog.ledger.holds():
-            ticket = hold.owner
+        for ticket in list(self.root.open_work):
             if isinstance(ticket, Ticket) and ticket.run is self:
                 ticket.charge()
         if self.parent is None:
@@ -376,10 +375,12 @@ class Run:
                 stop = self._judge(plugin, verdict)
                 if stop is not None:
                     return stop
-        rates = self.watchdog.rates(call) if isinstance(call, LLMCall) else None
+        watchdog = self.watchdog
+        rates = watchdog.rates(call) if isinstance(call, LLMCall) else None
         reservations: list[Reservation] = []
         ticket = Ticket(self, call, rates, reservations)
-        extra = self._joined(extra, self.watchdog.lent.get())
+        lent = watchdog.lent.get()
+        extra = self._joined(extra, lent) if lent else extra
         for reserve, plugin in hooks.reserve:
             try:
                 answer = reserve(self, ticket, extra)
@@ -409,8 +410,8 @@ class Run:
         return ticket
 
     def _joined(self, own: Sequence[Budget], lent: tuple[Budget, ...]) -> Sequence[Budget]:
-        if not lent or not own:
-            return own or lent
+        if not own:
+            return lent
         # The same tuple for the same two: what the budget guard remembers of budgets is found by their identity.
         key = "joined", id(own), id(lent)
         found = self.memo.get(key)

@@ -33,10 +33,12 @@ def plain_step(kind: Literal["llm_call", "tool_call", "ping"], name: str) -> Ste
 
 def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
     """Find the asyncio task that runs here. Costs next to nothing where asyncio is not in use."""
-    tasks = sys.modules.get("asyncio.tasks")
-    if tasks is None or tasks.events._get_running_loop() is None:  # noqa: SLF001 - documented; the public one raises
+    asyncio = sys.modules.get("asyncio")
+    # Another thread may be importing it at this moment: a loop can only run here once that is done.
+    running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
+    if asyncio is None or running_loop is None or running_loop() is None:
         return None
-    task = tasks.current_task()
+    task = asyncio.current_task()
     return None if task is None else weakref.ref(task)
 
 
@@ -181,7 +183,7 @@ class Ticket:
         run = self.run
         run.count(call, usage, cost, clamped=self.max_output_tokens is not None and self.is_clamped)
         outcome = Outcome("settled", usage, cost, error, result)
-        hooks = run.hooks()
+        hooks = run.watchdog.plugins.bound_hooks if run.guards is None else run.hooks()
         for observer in hooks.call_settled:
             try:
                 observer(run, call, outcome)
@@ -237,8 +239,8 @@ class Ticket:
             if before != "open" and not (before == "charged" and status == "settled"):
                 return False
             self._status = status
-            self.run.root.open_work.pop(self, None)
             was_counted, self._is_charge_counted = self._is_charge_counted, False
+        self.run.root.open_work.pop(self, None)
         if was_counted:
             run = self.run
             run.count(self.call, _NO_USAGE, self._charged_cost, sign=-1, charged=True, clamped=self.is_clamped)

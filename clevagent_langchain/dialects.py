@@ -50,8 +50,9 @@ class Dialect:
     def params(self, model: BaseChatModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the request that matter here: the model's own, then those of this call."""
         params: dict[str, Any] = {}
+        fields = model.__dict__  # where pydantic keeps them
         for name in _own_params(type(model)):
-            value = getattr(model, name)
+            value = fields.get(name)
             if value:
                 params[name] = value
         own = params.get("model_kwargs")
@@ -71,21 +72,20 @@ class Dialect:
         call = LLMCall(
             model=name,
             input=items,
-            tools=facts.tools,
             max_output_tokens=limit,
-            min_output_tokens=facts.least_output_tokens(limit),
-            most_output_tokens=self._most(model) if limit is None and name == own_name else None,
             clamp=self.is_known,
-            answers=facts.answers,
             provider=self.provider,
-            opaque=facts.is_unbounded or is_opaque,
             service_tier=facts.service_tier,
-            rounds=facts.rounds,
-            audio=facts.is_audio,
             timeout_s=_timeout_of(model),
         )
-        if call.opaque:
-            call.context_window = _profile(model).get("max_input_tokens")
+        if limit is None and name == own_name:
+            call.most_output_tokens = self._most(model)
+        if is_opaque or not facts.is_plain:
+            call.tools, call.answers, call.rounds, call.audio = facts.tools, facts.answers, facts.rounds, facts.is_audio
+            call.min_output_tokens = facts.least_output_tokens(limit)
+            call.opaque = facts.is_unbounded or is_opaque
+            if call.opaque:
+                call.context_window = _profile(model).get("max_input_tokens")
         return call
 
     def with_limit(self, model: BaseChatModel, kwargs: dict[str, Any], ticket: Ticket, call: LLMCall) -> dict[str, Any]:

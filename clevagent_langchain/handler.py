@@ -95,7 +95,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             # The model asks itself; it learns from here which root invocation it is a part of.
             root_run.set(branch.run if branch is not None else None)
             return
-        self._open_llm(serialized, [message for batch in messages for message in batch], run_id, parent_run_id, metadata, kwargs)
+        sent = messages[0] if len(messages) == 1 else [message for batch in messages for message in batch]
+        self._open_llm(serialized, sent, run_id, parent_run_id, metadata, kwargs)
 
     def on_llm_start(
         self,
@@ -159,7 +160,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str)
         if metadata:
             call.node, call.thread_id = node_of(self.watchdog, metadata), metadata.get("thread_id")
-        run = self._open(run_id, branch, call)
+        run = self._open(tracker, run_id, branch, call)
         if run is not None:
             tracker.start(run_id, branch, run, is_root=False, tool=name)
 
@@ -234,51 +235,53 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         metadata: Mapping[str, Any] | None,
         kwargs: Mapping[str, Any],
     ) -> None:
-        branch = self._tracker().branch(parent_run_id)
+        tracker = self._tracker()
+        branch = tracker.branch(parent_run_id) if parent_run_id is not None else None
         params = kwargs.get("invocation_params") or {}
         metadata = metadata or {}
-        call = LLMCall(
-            model=_model_name(metadata, params, serialized),
-            tool=branch.tool if branch is not None else None,
-            node=node_of(self.watchdog, metadata),
-            thread_id=metadata.get("thread_id"),
-        )
+        model = _model_name(metadata, params, serialized)
+        node, thread_id = node_of(self.watchdog, metadata), metadata.get("thread_id")
+        tool = branch.tool if branch is not None else None
         try:
             facts = requests.facts_of(params)
             is_opaque = False
+            items: Sequence[object] = messages
             if messages and isinstance(messages[0], BaseMessage):
-                call.input, is_opaque = items_of(messages)
-            else:
-                call.input = list(messages)
-            call.tools = facts.tools
-            call.max_output_tokens = facts.limit
-            call.answers = facts.answers
-            call.opaque = facts.is_unbounded or is_opaque
-            call.rounds = facts.rounds
-            call.service_tier = facts.service_tier
-            call.audio = facts.is_audio
+                items, is_opaque = items_of(messages)
             # Many providers are reached through OpenAI's client; the model's own name tells more.
             provider = metadata.get("ls_provider")
-            call.provider = provider if provider != "openai" else None
+            call = LLMCall(
+                model=model,
+                input=items,
+                max_output_tokens=facts.limit,
+                provider=provider if provider != "openai" else None,
+                service_tier=facts.service_tier,
+                node=node,
+                tool=tool,
+                thread_id=thread_id,
+            )
+            if is_opaque or not facts.is_plain:
+                call.tools, call.answers, call.rounds, call.audio = facts.tools, facts.answers, facts.rounds, facts.is_audio
+                call.opaque = facts.is_unbounded or is_opaque
         except Exception:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
             logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
-            call.opaque = True
-        self._open(run_id, branch, call)
+            call = LLMCall(model=model, opaque=True, node=node, tool=tool, thread_id=thread_id)
+        self._open(tracker, run_id, branch, call)
 
-    def _open(self, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
-        tracker = self._tracker()
+    def _open(self, tracker: Tracker, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
         watchdog = self.watchdog
         if not tracker.begin_ticket(run_id):
             return None
         if tracker.size() > _SWEEP:
             tracker.forget_closed()
         run = watchdog.current.get() or (branch.run if branch is not None else watchdog.current_run())
-        if call.tool is None and isinstance(call, LLMCall):
+        is_llm = isinstance(call, LLMCall)
+        if is_llm and call.tool is None:
             call.tool = watchdog.tool.get()
         ticket: Ticket | None = None
         try:
             ticket = open_in_graph(run, call)
-            if isinstance(call, LLMCall):
+            if is_llm:
                 cover(ticket)
         finally:
             tracker.add_ticket(run_id, ticket, branch)
@@ -306,8 +309,9 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
 def _reported(response: LLMResult) -> Mapping[str, Any] | None:
     for batch in response.generations:
         for generation in batch:
-            message = getattr(generation, "message", None)
-            metadata: Mapping[str, Any] | None = getattr(message, "usage_metadata", None)
+            # Not by getattr: these are fields, and pydantic takes long to say that one is missing.
+            message = generation.__dict__.get("message")
+            metadata: Mapping[str, Any] | None = message.__dict__.get("usage_metadata") if message is not None else None
             if metadata is not None:
                 return metadata
     return None

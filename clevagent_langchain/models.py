@@ -540,7 +540,7 @@ class _Told:
 
 def _usage_of(result: ChatResult) -> Usage | None:
     for generation in result.generations:
-        usage = from_metadata(getattr(generation.message, "usage_metadata", None))
+        usage = from_metadata(generation.message.__dict__.get("usage_metadata"))
         if usage is not None:
             return usage
     return from_llm_output(result.llm_output)

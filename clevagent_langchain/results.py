@@ -22,7 +22,8 @@ def answer_of(result: ChatResult | LLMResult) -> object:
         message = getattr(first, "message", None)
         if message is None:
             return getattr(first, "text", None)
-        text = _text(message.content)
+        content = message.content
+        text = content if type(content) is str else _text(content)
         if not isinstance(message, AIMessage) or not (message.tool_calls or message.invalid_tool_calls):
             return text
         calls: list[object] = [(call["name"], call["args"]) for call in message.tool_calls]

@@ -21,8 +21,10 @@ def from_metadata(metadata: Mapping[str, Any] | None) -> Usage | None:
     """
     if metadata is None:
         return None
-    input_tokens = count(metadata, "input_tokens")
-    output_tokens = count(metadata, "output_tokens")
+    input_tokens, output_tokens = metadata.get("input_tokens"), metadata.get("output_tokens")
+    if type(input_tokens) is not int or type(output_tokens) is not int or input_tokens < 0 or output_tokens < 0:
+        # Something is wrong with it, or it is a number of an unusual type.
+        input_tokens, output_tokens = count(metadata, "input_tokens"), count(metadata, "output_tokens")
     if not input_tokens and not output_tokens:
         # langchain-anthropic makes zeros of usage that was not reported; no call has an empty prompt.
         return None

@@ -7,6 +7,7 @@ files, moderations, token counts. Checked with openai 1.109, 2.54 and 3.54.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ class _LimitedPlan(JsonPlan):
     def __init__(self, client: Any, call: LLMCall, body: dict[str, Any], reader: Callable[[], Reader], **given: Any) -> None:
         """Plan a request: see :class:`JsonPlan`."""
         super().__init__(call, body, reader, **given)
-        self._server = str(client.base_url)
+        self._server = _server_of(client)
         call.most_output_tokens = _learnt.get((self._server, call.model)) or _most(call.model)
 
     def body(self, limit: int | None) -> Mapping[str, Any]:
@@ -115,7 +116,7 @@ def _chat(client: Any, body: dict[str, Any]) -> JsonPlan:
     _add_prediction(call, body)
     hides = _ask_for_usage(body)
     # Both names are taken by OpenAI itself, but for the models that refuse one; other servers may know only the old one.
-    is_new = "openai.com" in str(client.base_url) or _REASONING.search(model) is not None
+    is_new = "openai.com" in _server_of(client) or _REASONING.search(model) is not None
     return _LimitedPlan(
         client, call, body, ChatReader, limit_key="max_completion_tokens" if is_new else "max_tokens", hides_usage=hides
     )
@@ -152,6 +153,7 @@ def _model(client: Any, body: Mapping[str, Any]) -> str:
     return str(getattr(client, "_azure_deployment", None) or body.get("model") or "")
 
 
+@functools.lru_cache(maxsize=1024)
 def _most(model: str) -> int | None:
     """Tell what a model can write at least, where nobody asked for a limit: more of it is sent with as little reason as less.
 
@@ -164,7 +166,28 @@ def _most(model: str) -> int | None:
 
 def _biller(client: Any) -> str | None:
     # Many providers are reached through OpenAI's client; the model's own name tells more.
-    return "azure" if any("AzureOpenAI" in base.__name__ for base in type(client).__mro__) else None
+    return "azure" if _is_azure(type(client).__mro__) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _is_azure(bases: tuple[type, ...]) -> bool:
+    return any("AzureOpenAI" in base.__name__ for base in bases)
+
+
+def _server_of(client: Any) -> str:
+    """Return the URL of a client's server as text; httpx puts it together anew for everyone who asks."""
+    url = client.base_url
+    known = _servers.get(id(url))
+    if known is None or known[0] is not url:
+        if len(_servers) >= _SERVERS:
+            _servers.clear()
+        known = _servers[id(url)] = url, str(url)
+    return known[1]
+
+
+_SERVERS = 64
+_servers: dict[int, tuple[object, str]] = {}
+"""The URLs of servers as text, by identity: each is kept beside its text, so that no other can have its id."""
 
 
 def _items(messages: object) -> list[object]:

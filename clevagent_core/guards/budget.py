@@ -143,9 +143,9 @@ class BudgetGuard:
 
     def _cover(self, run: Run, call: Call, extra: Sequence[Budget]) -> Cover:
         key = (call.model if isinstance(call, LLMCall) else None, call.tool, call.node, call.thread_id, id(extra) if extra else 0)
-        memo = run.memo
+        memo, watchdog = run.memo, run.watchdog
         found: Cover | None = memo.get(key)
-        if found is None or run.watchdog.clock.wall() >= found.valid_until or found.remote is not run.watchdog.control.budgets:
+        if found is None or watchdog.clock.wall() >= found.valid_until or found.remote is not watchdog.control.budgets:
             if len(memo) >= _COVERS:
                 memo.clear()
             found = memo[key] = cover(run, call, extra)
@@ -166,10 +166,13 @@ class BudgetGuard:
 
     def _reserve_llm(self, run: Run, ticket: Ticket, call: LLMCall, found: Cover) -> tuple[Hold | Refusal, int | None]:
         rates = ticket.rates
-        if rates is None and USD in found.units and run.watchdog.settings.unknown_price != "allow":
-            raise UsageError(unknown_price_message(call.model))
-        tokens = self._input_bound(run, call, rates, found)
         settings = run.watchdog.settings
+        if rates is None and USD in found.units and settings.unknown_price != "allow":
+            raise UsageError(unknown_price_message(call.model))
+        tokens = run.watchdog.plugins.bound(call)
+        # Not capped by the price list's window: models are offered with larger ones (betas), and the list is not told.
+        if tokens is None or call.context_window is not None:
+            tokens = _within_window(call, tokens, rates, found)
         limit = call.max_output_tokens
         if settings.estimate == "expected":
             # A third of the bytes, a quarter of the limit: what English prose and ordinary answers come to.
@@ -237,21 +240,6 @@ class BudgetGuard:
             fits = max(0, fits // call.answers)
             least = fits if least is None else min(least, fits)
         return least
-
-    def _input_bound(self, run: Run, call: LLMCall, rates: Rates | None, found: Cover) -> int:
-        bound = run.watchdog.plugins.bound(call)
-        if bound is None:
-            window = call.context_window or (rates.context_window if rates is not None else None)
-            if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
-                raise UsageError(
-                    f"The call to {call.model!r} sends something whose tokens cannot be bounded from its text (an image, a file, a "
-                    "stored prompt), and the model's context window is not known, so it could not be priced against its budget "
-                    f"and was refused. Give the window: clevagent.init(prices={{{call.model!r}: clevagent.Price(input=..., output=..., "
-                    "context_window=...)})."
-                )
-            return (window or 0) * call.rounds
-        # Not capped by the price list's window: models are offered with larger ones (betas), and the list is not told.
-        return bound if call.context_window is None else min(bound, call.context_window)
 
     def _assumed(self, run: Run, call: LLMCall) -> int:
         assumed = run.watchdog.settings.assume_output_tokens
@@ -325,6 +313,26 @@ def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int)
     audio = call.audio or call.opaque
     cost = rates.upper_bound(tokens, output, audio=audio, writes_cache=call.writes_cache) if rates is not None else 0
     return (cost, tokens + output, tokens, output, 1, 0)
+
+
+def _within_window(call: LLMCall, bound: int | None, rates: Rates | None, found: Cover) -> int:
+    """Return the input bound of a call whose context window is known, or is all that is known (``bound`` is ``None``).
+
+    Raises:
+        UsageError: neither is known, and a budget depends on it.
+
+    """
+    if bound is not None:
+        return bound if call.context_window is None else min(bound, call.context_window)
+    window = call.context_window or (rates.context_window if rates is not None else None)
+    if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
+        raise UsageError(
+            f"The call to {call.model!r} sends something whose tokens cannot be bounded from its text (an image, a file, a "
+            "stored prompt), and the model's context window is not known, so it could not be priced against its budget "
+            f"and was refused. Give the window: clevagent.init(prices={{{call.model!r}: clevagent.Price(input=..., output=..., "
+            "context_window=...)})."
+        )
+    return (window or 0) * call.rounds
 
 
 def plugin() -> BudgetGuard:

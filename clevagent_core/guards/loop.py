@@ -57,26 +57,13 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class Head(NamedTuple):
-    """How far a conversation had come: the history of its next call begins like this."""
+Head = tuple[int, int, int, int, int]
+"""How far a conversation had come, as the history of its next call begins: ``(length, mark, size, tail, number)``.
 
-    length: int
-    """How many messages it had."""
-    mark: int
-    """The fingerprint of the last of them."""
-    size: int
-    """Where it was one text, how many characters it had: a scratchpad grows as a text."""
-    tail: int
-    """The fingerprint of that text's end, which is looked at first."""
-    number: int
-    """Which conversation of the run it is."""
-
-    def begins(self, items: Sequence[object], text: str | None) -> bool:
-        """Tell whether what is sent goes on from here."""
-        if text is None:
-            return self.length < len(items) and _mark(items[self.length - 1]) == self.mark
-        size = self.size
-        return 0 < size < len(text) and hash(text[max(0, size - _TAIL) : size]) == self.tail and hash(text[:size]) == self.mark
+``length`` is its number of messages, ``mark`` the fingerprint of the last one. Where it was one text, as a scratchpad that grows,
+``size`` is its number of characters and ``tail`` the fingerprint of its end, which is compared first. ``number`` says which
+conversation of the run it is. A plain tuple, because one is made for every call.
+"""
 
 
 class Mark(NamedTuple):
@@ -213,11 +200,12 @@ class LoopGuard:
         if watch is None:
             return None
         # By guard: several may watch one call, each with a count of its own.
-        steps = watch.stream(call).repetition.steps
-        if type(call.began) is dict:
-            call.began[self] = steps
+        stream = watch.llm if isinstance(call, LLMCall) else watch.tools
+        began = call.began
+        if began is None:
+            call.began = {self: stream.repetition.steps}
         else:
-            call.began = {self: steps}
+            began[self] = stream.repetition.steps
         watch.ping = None
         return None if watch.stop is None else self._answer(run, watch)
 
@@ -291,7 +279,8 @@ class LoopGuard:
         if watch is None:
             return
         # Taken away: a call that was charged for lack of news may be settled later, and is still one call.
-        started = call.began.pop(self, None) if type(call.began) is dict else None
+        began = call.began
+        started = began.pop(self, None) if began is not None else None
         if started is None:
             return
         sign = self._sign(run, watch, call, outcome)
@@ -407,24 +396,29 @@ def _new_input(watch: _Watch, what: Hashable, items: Sequence[object]) -> tuple[
     heads = watch.conversations.get(what, ())
     if not heads and len(watch.conversations) >= _CONVERSATIONS:
         watch.conversations.clear()
-    text = items[0] if len(items) == 1 and isinstance(items[0], str) else None
+    count = len(items)
+    text = items[0] if count == 1 and isinstance(items[0], str) else None
     # The latest first. A call that is made again, as after a failure, finds the head that it found before.
-    before = None
-    for known in heads:
-        if known.begins(items, text):
-            before = known
-            break
-    if before is None:
-        watch.begun += 1
-    number = watch.begun if before is None else before.number
-    head = Head(len(items), _mark(items[-1]), len(text or ""), hash((text or "")[-_TAIL:]), number)
-    watch.conversations[what] = (
-        head,
-        *[other for other in heads if other.mark != head.mark or other.length != head.length][: _HEADS - 1],
-    )
-    if before is None:
-        return _whole(items), number, False
-    return (items[before.length :] if text is None else text[before.size :]), number, True
+    new: Sequence[object] | None = None
+    number = size = tail = 0
+    if text is None:
+        for length, mark, _, _, known in heads:
+            if length < count and _mark(items[length - 1]) == mark:
+                new, number = items[length:], known
+                break
+    else:
+        size, tail = len(text), hash(text[-_TAIL:])
+        for _, mark, end, ending, known in heads:
+            if 0 < end < size and hash(text[max(0, end - _TAIL) : end]) == ending and hash(text[:end]) == mark:
+                new, number = text[end:], known
+                break
+    goes_on = new is not None
+    if not goes_on:
+        watch.begun = number = watch.begun + 1
+    last = _mark(items[-1])
+    others = [head for head in heads if head[1] != last or head[0] != count]
+    watch.conversations[what] = ((count, last, size, tail, number), *others[: _HEADS - 1])
+    return (new if goes_on else _whole(items)), number, goes_on
 
 
 def _whole(items: Sequence[object]) -> Sequence[object]:

@@ -165,7 +165,8 @@ class Repetition:
         step = self.steps
         self.steps = step + 1
         what, _, shape, result, result_shape, failed = sign
-        key = (what, shape, result_shape, True) if failed else (what, shape, result, False)
+        # Numbers, as the fingerprints are: a tuple would be hashed anew wherever it is looked up.
+        key = hash((what, shape, result_shape if failed else result, failed))
         last = self._calls.swap(key, step, started)
         if last < 0:
             if self._row:
@@ -181,7 +182,7 @@ class Repetition:
             if failed:
                 self._fail(sign, step, started, is_new=last < 0)
             else:
-                known = self._outcomes.swap((what, result, False), step, started) >= 0
+                known = self._outcomes.swap(hash((what, result, False)), step, started) >= 0
                 if self._failing and (not known or what in self._failing):
                     self._forgive()
         if self._row >= self._repeats and self._row >= 2 * len(self._different):
@@ -206,7 +207,7 @@ class Repetition:
 
     def _fail(self, sign: Sign, step: int, started: int, *, is_new: bool) -> None:
         """Count a failure of a new call in words that its tool used before, take one back for new words."""
-        last = self._outcomes.swap((sign.what, sign.result, True), step, started)
+        last = self._outcomes.swap(hash((sign.what, sign.result, True)), step, started)
         if len(self._failing) < _TOOLS:
             self._failing.add(sign.what)
         if last < 0:

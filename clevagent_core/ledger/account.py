@@ -217,7 +217,7 @@ class Hold:
     """Whoever made the reservation, so that an expired one can be told."""
     state: Literal["open", "released", "charged", "settled"]
 
-    def __init__(self, lines: Sequence[Line], amounts: Amounts, *, expires_at: float, owner: object) -> None:
+    def __init__(self, lines: Sequence[Line], amounts: Amounts, expires_at: float, owner: object) -> None:
         """Made by ``Ledger.reserve`` only."""
         self.lines = lines
         self.amounts = amounts

@@ -33,6 +33,9 @@ _EVICT_FROM = 1024
 """The number of accounts from which opening another one looks for some to take out."""
 
 
+_NOTHING: Amounts = (0, 0, 0, 0, 0, 0)
+
+
 class MemoryLedger:
     """Accounts in a dictionary, under one lock. See :class:`~clevagent_core.ledger.account.Ledger` for the contract."""
 
@@ -79,13 +82,19 @@ class MemoryLedger:
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         with self._lock:
-            refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
-            if refusal is not None:
-                return refusal
-            hold = Hold(lines, amounts, expires_at=expires_at, owner=owner)
+            for account, unit, enforced in lines:
+                room = account.ceiling - account.keep - account.spent - account.held
+                if amounts[unit] > room or account.latched or account.closed or not enforced or wrap_up:
+                    # It does not plainly fit, so it is looked at closely.
+                    refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
+                    if refusal is not None:
+                        return refusal
+                    break
+            hold = Hold(lines, amounts, expires_at, owner)
             for line in lines:
-                line.account.held += amounts[line.unit]
-                if not line.enforced and (notice := holding_notice(line)) is not None:
+                account, unit, enforced = line
+                account.held += amounts[unit]
+                if not enforced and (notice := holding_notice(line)) is not None:
                     hold.notices = [*(hold.notices or ()), notice]
             self._holds[hold] = None
             return hold
@@ -186,16 +195,14 @@ class MemoryLedger:
 
     def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         notices: list[Notice] = []
-        before = hold.charged
-        if hold.state == "open":
-            # In a forked child the holds of its parent are not there any more.
-            self._holds.pop(hold, None)
+        held, before = hold.amounts if hold.state == "open" else _NOTHING, hold.charged or _NOTHING
+        # In a forked child the holds of its parent are not there any more.
+        self._holds.pop(hold, None)
         for line in hold.lines:
             account, unit, _ = line
-            if hold.state == "open":
-                account.held -= hold.amounts[unit]
-            account.spent += amounts[unit] - (before[unit] if before else 0)
-            if account.spent >= account.warn_mark or account.spent > account.ceiling:
+            account.held -= held[unit]
+            account.spent = spent = account.spent + amounts[unit] - before[unit]
+            if spent >= account.warn_mark or spent > account.ceiling:
                 notices += spending_notices(line)
         hold.charged = amounts
         return notices

@@ -36,7 +36,7 @@ def uncover(ticket: Ticket, before: Ticket | None = None) -> None:
     covered = ticket.run.watchdog.covered
     if covered.get() is ticket:
         covered.set(before)
-    if not ticket.is_open:  # it covers nothing any more, and holds all that was sent
+    if (_taken or _before) and not ticket.is_open:  # it covers nothing any more, and holds all that was sent
         _taken.pop(id(ticket), None)
         _before.pop(id(ticket), None)
 

@@ -151,8 +151,7 @@ def begin(options: Any, *, priced: re.Pattern[str], free: re.Pattern[str]) -> tu
     """
     if options.method.lower() != "post":
         return None
-    path = re.sub(r"^https?://[^/]*", "", str(options.url)).partition("?")[0].rstrip("/")
-    kind = _kind_of(path, priced, free)
+    path, kind = _endpoint_of(str(options.url), priced, free)
     if kind == "free":
         return None
     body = None if kind is None else json_body(options)
@@ -160,12 +159,13 @@ def begin(options: Any, *, priced: re.Pattern[str], free: re.Pattern[str]) -> tu
 
 
 @functools.lru_cache(maxsize=1024)
-def _kind_of(path: str, priced: re.Pattern[str], free: re.Pattern[str]) -> str | None:
-    """Name the priced endpoint, ``free``, or neither."""
+def _endpoint_of(url: str, priced: re.Pattern[str], free: re.Pattern[str]) -> tuple[str, str | None]:
+    """Return the path of ``url``, and the priced endpoint that it is, ``free``, or ``None`` for neither."""
+    path = re.sub(r"^https?://[^/]*", "", url).partition("?")[0].rstrip("/")
     found = priced.search(path)
     if found is not None:
-        return found[1]
-    return "free" if free.search(path) is not None else None
+        return path, found[1]
+    return path, "free" if free.search(path) is not None else None
 
 
 def mappings(value: object) -> list[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ LIMIT_KEYS = (
     "max_new_tokens",
     "num_predict",
 )
+_LIMITS = frozenset(LIMIT_KEYS)
 _LEAST = 256
 """An ordinary answer cut below this many tokens is hardly worth its prompt."""
 _LEAST_WHOLE = 1024
@@ -170,6 +171,8 @@ class Facts(NamedTuple):
     rounds: int = 1
     is_audio: bool = False
     """Whether sound may come in the answer."""
+    is_plain: bool = False
+    """Whether the limit and the service tier are all there is; the other fields then have their defaults."""
 
     def least_output_tokens(self, limit: int | None) -> int:
         """Tell the smallest output limit that is worth sending, where ``limit`` was asked for; below it the call is refused."""
@@ -184,7 +187,7 @@ class Facts(NamedTuple):
 def facts_of(params: Mapping[str, Any]) -> Facts:
     """Read the parameters of a request."""
     if _NO_TEXT.issuperset(params):
-        return Facts(_largest(params), service_tier=_tier(params))
+        return _plain_facts(_largest(params), _tier(params))
     own, extra = params.get("model_kwargs"), params.get("extra_body")
     # The extra body is merged into the request last, whatever it holds.
     sent = {**(own if isinstance(own, Mapping) else {}), **params, **(extra if isinstance(extra, Mapping) else {})}
@@ -201,6 +204,11 @@ def facts_of(params: Mapping[str, Any]) -> Facts:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _plain_facts(limit: int | None, tier: str | None) -> Facts:
+    return Facts(limit, service_tier=tier, is_plain=True)
+
+
 def _tier(params: Mapping[str, Any]) -> str | None:
     tier = params.get("service_tier")
     return tier if isinstance(tier, str) else None
@@ -215,8 +223,8 @@ def model_of(params: Mapping[str, Any]) -> str | None:
 
 def _largest(params: Mapping[str, Any]) -> int | None:
     largest: int | None = None
-    for key in LIMIT_KEYS:
-        value = whole(params.get(key))
+    for key in _LIMITS.intersection(params):
+        value = whole(params[key])
         if value is not None and value > 0 and (largest is None or value > largest):
             largest = value
     return largest

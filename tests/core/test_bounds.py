@@ -194,6 +194,23 @@ def test_a_block_deep_in_a_message_that_is_edited_in_place_is_not_the_one_that_w
     assert provider.clevagent_bound(call([message])) == by_bytes([message])
 
 
+def test_a_text_below_many_lists_that_is_edited_in_place_is_not_the_one_that_was_counted():
+    provider, inner = CalibratedBounds(), ["hello"]
+    message = inner
+    for _ in range(20):
+        message = [message]
+    learn(provider, [message], 5)
+    inner[0] = "x" * 1000
+    assert provider.clevagent_bound(call([message])) == by_bytes([message])
+
+
+def test_a_message_that_lies_in_itself_has_a_bound():
+    """Nothing of that kind can be sent; whoever tries hears it from the provider, not from here."""
+    provider, message = CalibratedBounds(), ["hello"]
+    message.append(message)
+    assert provider.clevagent_bound(call([message])) == by_bytes([message])
+
+
 def test_a_message_that_is_edited_while_its_call_is_in_flight_is_not_the_one_that_was_counted():
     provider, message = CalibratedBounds(), {"role": "user", "content": "hello"}
     made = call([message])

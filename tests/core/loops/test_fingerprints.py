@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clevagent_core.guards.fingerprints import arguments_of, result_of
+from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
 
 EITHER = pytest.mark.parametrize("of", [arguments_of, result_of])
 
@@ -361,3 +361,46 @@ def test_a_nesting_deeper_than_the_stack_has_a_fingerprint(of):
         deep = [deep]
     assert of(deep) == of(deep)
     assert of("[" * 4_000 + "]" * 4_000) == of("[" * 4_000 + "]" * 4_000)
+
+
+class _Text(str):
+    """A text that takes no short cut."""
+
+    __slots__ = ()
+
+
+def _without_short_cuts(value):
+    if isinstance(value, str):
+        return _Text(value)
+    return type(value)(map(_without_short_cuts, value)) if isinstance(value, (list, tuple)) else value
+
+
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(
+        [
+            "", " ", "\u00a0", "a  b", "a\n b\t", " x ", "{", "{}", "[1, 2]", '{"id": "call_7", "type": "tool_use"}', "{a}", "attempt 3 of 5",
+            "call_AbCdEfGhIjKlMnOpQrStUv12", " call_AbCdEfGhIjKlMnOpQrStUv12 ", "٣ apples", "ts=17 now", "nothing new", "nothing  new",
+            "x" * 8192, "x" * 8193, "retry 7 " + "y" * 3000 + " retry 8", "9" * 70,
+        ]
+    ),
+)  # fmt: skip
+PARTS = st.one_of(TEXTS, st.lists(TEXTS, max_size=5).map(tuple), st.none(), st.integers(), st.lists(TEXTS, max_size=2))
+MESSAGES = st.one_of(PARTS, st.lists(PARTS, max_size=6), st.lists(PARTS, max_size=6).map(tuple))
+
+
+@given(MESSAGES)
+@example(("a", ("b", ("c", "d"))))
+@example(["x" * 8192] * 4)
+@example([("9 " * 4096,) * 4] * 4)
+def test_plain_text_takes_a_short_cut_to_the_same_shape(message):
+    """Most messages are text; what a walk would find in them is found without one."""
+    assert message_of(message) == message_of(_without_short_cuts(message))
+
+
+def test_a_nesting_of_any_depth_has_a_shape():
+    """It never raises, however deep a message is."""
+    deep = "end"
+    for _ in range(100_000):
+        deep = (deep,)
+    assert isinstance(message_of(deep), int)
