@@ -37,6 +37,7 @@ test-oldest: $(OLDEST_STAMP)
 lint: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(CREWAI)/bin/mypy
 
 bench: $(STAMP) $(CREWAI_STAMP)

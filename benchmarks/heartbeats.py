@@ -75,7 +75,7 @@ def beats() -> None:
 def sender() -> None:
     """Take the CPU time of the sender's thread, for each beat that is delivered."""
     from clevagent_core.clock import SystemClock
-    from clevagent_core.heartbeat.sender import Sender
+    from clevagent_heartbeat.sender import Sender
 
     watchdog = Watchdog(clock=FakeClock())
     pulse = watchdog.pulse

@@ -42,7 +42,6 @@ from clevagent_core.errors import (
     Stopped,
     UsageError,
 )
-from clevagent_core.heartbeat.beats import Amounts, Beat
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.pricing import Price
 from clevagent_core.runs import Run
@@ -50,11 +49,11 @@ from clevagent_core.summaries import BudgetState, Remaining, RunSummary, Spend
 from clevagent_core.tickets import Outcome, Ticket
 from clevagent_core.verdicts import Incident, Stop, Warn
 from clevagent_core.watchdog import Watchdog
+from clevagent_wire.beats import Amounts, Beat
+from clevagent_wire.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from clevagent_core.guards.loop import LoopGuard
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Amounts",

@@ -13,10 +13,10 @@ from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
 from clevagent_core.money import to_pico
-from clevagent_core.providers.requests import whole
 from clevagent_core.tickets import plain_step
 from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import RunBlock, Watchdog
+from clevagent_providers.requests import whole
 
 logger = logging.getLogger("clevagent")
 

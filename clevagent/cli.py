@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clevagent import __version__
 from clevagent.ledger_command import ledger_command
 from clevagent_core.errors import ClevAgentError
+from clevagent_wire.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -116,6 +116,35 @@ def runs_at_provider(tool: object) -> bool:
     return isinstance(kind, str) and kind != "custom" and kind not in _TEXT_BLOCKS
 
 
+def rounds_of(params: Mapping[str, Any]) -> int:
+    """How often the model may read its input: again after each use of a tool that the provider runs."""
+    tools = params.get("tools")
+    given = tools if isinstance(tools, (list, tuple)) else ()
+    looping = [tool for tool in given if isinstance(tool, Mapping) and _is_looping(tool)]
+    if not looping and not params.get("mcp_servers"):
+        return 1
+    most = params.get("max_tool_calls")
+    if type(most) is int:
+        return max(0, most) + 1
+    uses = [count for tool in looping if type(count := tool.get("max_uses")) is int]
+    if params.get("mcp_servers") or len(uses) < len(looping):
+        return _ROUNDS
+    return min(sum(uses) + 1, _ROUNDS)
+
+
+def _is_looping(tool: Mapping[str, Any]) -> bool:
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind.startswith(_LOOPS)
+
+
+_LOOPS = (
+    "web_search", "web_fetch", "code_execution", "code_interpreter", "file_search", "mcp", "tool_search", "shell",
+)  # fmt: skip
+"""How the types of tools begin that a provider runs, and whose results the model reads in the same request."""
+_ROUNDS = 10
+"""How often a model reads in one request whose tools nobody limits: Anthropic ends the loop then, and others do not say."""
+
+
 def _has_payload(block: Mapping[object, object]) -> bool:
     return any(key in block for key in _PAYLOAD_KEYS)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.errors import UsageError
 from clevagent_core.ledger.account import Changes
 from clevagent_core.verdicts import Incident, Stop
+from clevagent_wire.commands import COMMANDS, Command
 
 if TYPE_CHECKING:
     from clevagent_core.ledger.account import AccountKey
@@ -19,26 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clevagent")
 
-_COMMANDS = ("stop", "pause", "resume")
 _REMEMBERED = 1000
 """How many commands are known by their id, so that one that is repeated is carried out once."""
 _BUDGET_FIELDS = frozenset(spec.name for spec in fields(Budget)) - {"on_exceed"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command of the monitor."""
-
-    id: str
-    """By which it is known when it is repeated."""
-    command: Literal["stop", "pause", "resume"]
-    """``stop`` refuses every later call; ``pause`` makes them wait; ``resume`` ends both."""
-    by: str = ""
-    """Who gave it."""
-    reason: str = ""
-    """Why."""
-    run_id: str | None = None
-    """The run that is meant; ``None``: the whole agent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +115,7 @@ class Control:
     def _carry_out(self, given: Mapping[str, Any]) -> Mapping[str, str]:
         name: Any = given.get("command")
         run_id = given.get("run_id")
-        if name not in _COMMANDS or not (run_id is None or isinstance(run_id, str)):
+        if name not in COMMANDS or not (run_id is None or isinstance(run_id, str)):
             message = (
                 f"command={name!r} with run_id={run_id!r} is not known here, so nothing was done. Known are: pause, resume, stop."
             )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from clevagent_core.bounds import is_opaque, runs_at_provider
+from clevagent_core.bounds import is_opaque, rounds_of, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
+from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
-from clevagent_core.providers.covering import cover, uncover
-from clevagent_core.providers.requests import rounds_of
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
-    from clevagent_core.heartbeat.beats import Beat
     from clevagent_core.ledger.account import Ledger
     from clevagent_core.pricing import Rates
     from clevagent_core.runs import Run
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from clevagent_core.tickets import Outcome, Reservation, Ticket
     from clevagent_core.verdicts import Incident, Verdict
     from clevagent_core.watchdog import Watchdog
+    from clevagent_wire.beats import Beat
 
 PROJECT = "clevagent"
 

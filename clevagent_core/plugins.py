@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
     from clevagent_core.clock import Clock
-    from clevagent_core.heartbeat.beats import Beat
     from clevagent_core.ledger.account import Ledger
     from clevagent_core.runs import Run
     from clevagent_core.summaries import RunSummary
     from clevagent_core.tickets import Outcome, Reservation, Ticket
     from clevagent_core.verdicts import Incident, Verdict
     from clevagent_core.watchdog import Watchdog
+    from clevagent_wire.beats import Beat
 
 logger = logging.getLogger("clevagent")
 
 ENTRY_POINT_GROUP = "clevagent"
 
 BUILTINS = (
-    "clevagent_core.guards.remote",
+    "clevagent_heartbeat.remote",
     "clevagent_core.guards.loop",
     "clevagent_core.guards.budget",
-    "clevagent_core.guards.stall",
+    "clevagent_heartbeat.stall",
     "clevagent_core.guards.spike",
-    "clevagent_core.heartbeat.pulse",
+    "clevagent_heartbeat.pulse",
     "clevagent_core.bounds",
     "clevagent_core.price_list",
     "clevagent_core.ledger.memory",

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from clevagent_core.accounts import record
 from clevagent_core.baselines import Baselines
@@ -33,9 +33,6 @@ from clevagent_core.summaries import RunSummary, Tally, Totals, total
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 
-if TYPE_CHECKING:
-    from clevagent_core.heartbeat.pulse import Pulse
-
 logger = logging.getLogger("clevagent")
 
 P = ParamSpec("P")
@@ -48,6 +45,14 @@ _CLIENTS = frozenset({"openai", "anthropic"})
 """What ``auto_cost`` attaches to."""
 _RATES = 4096
 _RECENT = 100
+
+
+class Pulse(Protocol):
+    """What makes the beats of a watchdog, as far as the core needs it."""
+
+    def flush(self, timeout_s: float) -> int:
+        """Deliver the beats that wait, within ``timeout_s`` seconds; return how many are left."""
+        ...
 
 
 class Watchdog:

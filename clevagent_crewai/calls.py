@@ -17,17 +17,17 @@ from typing import Any, Self, cast
 from crewai.llms.base_llm import BaseLLM
 
 from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import Stopped
-from clevagent_core.providers.covering import cover, uncover
-from clevagent_core.providers.failures import may_be_billed
-from clevagent_core.providers.outcomes import settle, tell_unusable
-from clevagent_core.providers.usage import UnusableUsage, add, from_error
 from clevagent_core.tickets import Ticket
 from clevagent_crewai.aborted import aborted_by, passing_through_crews
 from clevagent_crewai.caches import cache
 from clevagent_crewai.dialects import Dialect, limited
 from clevagent_crewai.gates import Gate, refuse
 from clevagent_crewai.usage import usage_of
+from clevagent_providers.failures import may_be_billed
+from clevagent_providers.outcomes import settle, tell_unusable
+from clevagent_providers.usage import UnusableUsage, add, from_error
 
 logger = logging.getLogger("clevagent")
 

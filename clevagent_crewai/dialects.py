@@ -15,8 +15,8 @@ from typing import Any
 
 from clevagent_core.bounds import is_opaque
 from clevagent_core.calls import LLMCall
-from clevagent_core.providers import requests
 from clevagent_crewai.caches import cache
+from clevagent_providers import requests
 
 logger = logging.getLogger("clevagent")
 

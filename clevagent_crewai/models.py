@@ -24,8 +24,6 @@ from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import Stopped, UsageError
-from clevagent_core.providers.failures import is_transient
-from clevagent_core.providers.retries import arepeat, repeat
 from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.caches import cache
 from clevagent_crewai.calls import Call, again, call_of, plain_class, root_of, subclass, view_of
@@ -35,6 +33,8 @@ from clevagent_crewai.instructors import unwatch_instructors, watch_instructors
 from clevagent_crewai.scopes import open_scopes, put_back
 from clevagent_crewai.usage import answer_of
 from clevagent_crewai.works import works
+from clevagent_providers.failures import is_transient
+from clevagent_providers.retries import arepeat, repeat
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog

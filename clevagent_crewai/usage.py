@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clevagent_core.calls import Usage
-from clevagent_core.providers.usage import UnusableUsage
+from clevagent_providers.usage import UnusableUsage
 
 _INPUT = ("prompt_tokens", "prompt_token_count", "input_tokens")
 _OUTPUT = ("completion_tokens", "candidates_token_count", "output_tokens")

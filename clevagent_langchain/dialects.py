@@ -15,9 +15,9 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 from clevagent_core.calls import LLMCall
-from clevagent_core.providers import requests
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.messages import items_of
+from clevagent_providers import requests
 
 _TIMEOUTS = ("request_timeout", "default_request_timeout", "timeout")
 """What models call the time after which they give an answer up."""

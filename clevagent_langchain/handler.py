@@ -19,11 +19,8 @@ from langchain_core.outputs import LLMResult
 
 from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall
+from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
-from clevagent_core.providers import requests
-from clevagent_core.providers.covering import cover, uncover
-from clevagent_core.providers.outcomes import fail, tell_unusable
-from clevagent_core.providers.usage import UnusableUsage
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
@@ -33,6 +30,9 @@ from clevagent_langchain.models import GUARDED, root_run
 from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
 from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached
+from clevagent_providers import requests
+from clevagent_providers.outcomes import fail, tell_unusable
+from clevagent_providers.usage import UnusableUsage
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog

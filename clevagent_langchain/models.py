@@ -36,11 +36,8 @@ from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
-from clevagent_core.providers.covering import cover, uncover
-from clevagent_core.providers.outcomes import fail, settle
-from clevagent_core.providers.retries import arepeat, repeat
-from clevagent_core.providers.usage import add
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
@@ -48,6 +45,9 @@ from clevagent_langchain.failures import comes_from_a_callback
 from clevagent_langchain.graphs import aopen_in_graph, node_of, open_in_graph
 from clevagent_langchain.results import Said, answer_of
 from clevagent_langchain.usage import from_llm_output, from_metadata
+from clevagent_providers.outcomes import fail, settle
+from clevagent_providers.retries import arepeat, repeat
+from clevagent_providers.usage import add
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog

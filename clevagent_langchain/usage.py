@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clevagent_core.calls import Usage
-from clevagent_core.providers.usage import count, detail, from_openai
+from clevagent_providers.usage import count, detail, from_openai
 
 
 def from_metadata(metadata: Mapping[str, Any] | None) -> Usage | None:

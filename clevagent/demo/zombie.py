@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clevagent.testing import HeartbeatReceiver
-from clevagent_core.guards.stall import EXIT_STATUS
+from clevagent_heartbeat.stall import EXIT_STATUS
 
 STALL_AFTER_S = 2.0
 _WAIT_S = 60.0

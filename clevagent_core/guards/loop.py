@@ -13,12 +13,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from clevagent_core.bounds import key_of
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
-from clevagent_core.guards.messages import as_told, loop_incident, ping_incident
+from clevagent_core.guards.messages import Mark, as_told, loop_incident, ping_incident
 from clevagent_core.guards.repetition import SAME_FAILURE, Finding, Repetition, Sign
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.settings import OnLoop, check_on_loop
@@ -64,14 +64,6 @@ Head = tuple[int, int, int, int, int]
 ``size`` is its number of characters and ``tail`` the fingerprint of its end, which is compared first. ``number`` says which
 conversation of the run it is. A plain tuple, because one is made for every call.
 """
-
-
-class Mark(NamedTuple):
-    """When one call ended, and what the run had cost by then."""
-
-    step: int
-    cost_pico: int
-    wall: float
 
 
 class _Stream:

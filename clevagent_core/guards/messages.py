@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clevagent_core.accounts import Deadline, action_of
 from clevagent_core.budgets import GRACEFUL, UNITS, USD, Budget
@@ -16,7 +16,6 @@ from clevagent_core.money import format_usd, to_usd
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
-    from clevagent_core.guards.loop import Mark
     from clevagent_core.guards.repetition import Finding
     from clevagent_core.runs import Run
 
@@ -176,6 +175,14 @@ def notice_incident(run: Run, notice: Notice) -> Incident:
         )
     )
     return _incident(run, "overshoot", message, "dry_run" if run.dry_run else "warn", balance, None)
+
+
+class Mark(NamedTuple):
+    """When one call ended, and what the run had cost by then."""
+
+    step: int
+    cost_pico: int
+    wall: float
 
 
 def loop_incident(run: Run, finding: Finding, begin: Mark) -> Incident:

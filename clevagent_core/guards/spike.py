@@ -13,10 +13,10 @@ from clevagent_core.money import PICO_PER_USD, format_usd
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
-    from clevagent_core.heartbeat.beats import Beat
     from clevagent_core.runs import Run
     from clevagent_core.summaries import RunSummary
     from clevagent_core.watchdog import Watchdog
+    from clevagent_wire.beats import Beat
 
 MULTIPLE = 5
 """How many times the usual is told."""

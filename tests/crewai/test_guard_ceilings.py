@@ -22,7 +22,7 @@ import clevagent
 from clevagent import Budget
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_core.providers import retries
+from clevagent_providers import retries
 
 TRIES, FITS = 50, 10
 PROMPT = "Write me a poem about the sea and the moon. " * 10

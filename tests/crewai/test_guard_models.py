@@ -13,7 +13,7 @@ from pydantic import BaseModel
 import clevagent
 from clevagent import Budget, BudgetExceeded, UsageError
 from clevagent.testing import Reply
-from clevagent_core.providers import retries
+from clevagent_providers import retries
 
 KINDS = ["openai", "responses", "anthropic", "litellm", "custom"]
 every = pytest.mark.parametrize("kind", KINDS)

@@ -16,9 +16,9 @@ from crewai.tools import tool
 import clevagent
 from clevagent import Budget, BudgetExceeded, Stopped, UsageError
 from clevagent.testing import Reply
-from clevagent_core.providers import retries
 from clevagent_crewai import models as module
 from clevagent_crewai import step_callback
+from clevagent_providers import retries
 
 
 @tool("lookup")

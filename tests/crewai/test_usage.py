@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clevagent_core.calls import Usage
-from clevagent_core.providers.usage import UnusableUsage
 from clevagent_crewai.usage import answer_of, usage_of
+from clevagent_providers.usage import UnusableUsage
 
 COUNT = st.integers(0, 10**9)
 NAMES = (

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = """
 import atexit, json
-from clevagent_core.heartbeat.crashes import Crashes
+from clevagent_heartbeat.crashes import Crashes
 
 class Watch:
     def __init__(self):
@@ -250,7 +250,7 @@ def test_a_watchdog_that_nobody_names_any_more_goes_and_hears_nothing(run):
 def test_a_child_that_was_forked_while_hooks_were_put_can_take_them_off(run):
     code = """
     import os, signal, threading, ours
-    from clevagent_core.heartbeat import crashes
+    from clevagent_heartbeat import crashes
     held, go_on = threading.Event(), threading.Event()
     def hold():
         with crashes._lock:

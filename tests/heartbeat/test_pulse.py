@@ -127,7 +127,7 @@ def test_an_observer_that_fails_stops_no_beat(make, clock, listener):
 
 
 def test_without_the_plugin_there_are_no_beats_and_all_else_works(make, clock, listener):
-    watchdog = make(block=["clevagent_core.heartbeat.pulse"], budgets=[Budget(usd=0.02)])
+    watchdog = make(block=["clevagent_heartbeat.pulse"], budgets=[Budget(usd=0.02)])
     spend(watchdog.process_run, 2)
     with pytest.raises(BudgetExceeded):
         spend(watchdog.process_run)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from clevagent import Beat, Watchdog
 from clevagent.testing import FakeClock, HeartbeatReceiver
 from clevagent_core.clock import SystemClock
-from clevagent_core.heartbeat.sender import QUEUE, Leftover, Sender
-from clevagent_core.heartbeat.spool import MOST_ROWS, Spool
+from clevagent_heartbeat.sender import QUEUE, Leftover, Sender
+from clevagent_heartbeat.spool import MOST_ROWS, Spool
 
 BOOT = "boot-1"
 

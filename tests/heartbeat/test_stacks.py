@@ -12,7 +12,7 @@ import time
 import anyio
 import pytest
 
-from clevagent_core.heartbeat.stacks import MOST_FRAMES, Frame, Stack, from_exception, task_stack, thread_stack
+from clevagent_heartbeat.stacks import MOST_FRAMES, Frame, Stack, from_exception, task_stack, thread_stack
 
 
 async def stuck(future):

@@ -181,7 +181,7 @@ def test_a_stream_that_flows_is_not_stalled(make, clock, listener):
 
 
 def test_without_the_plugin_nothing_is_stalled(make, clock, listener):
-    watchdog = make(block=["clevagent_core.guards.stall"])
+    watchdog = make(block=["clevagent_heartbeat.stall"])
     with watchdog.run():
         clock.advance(3600)
         assert stalls(watchdog, listener) == []

@@ -21,7 +21,8 @@ import pytest
 
 from clevagent import Amounts, Beat, Budget, Incident
 from clevagent.testing import HeartbeatReceiver
-from clevagent_core.heartbeat import pulse
+from clevagent_heartbeat import pulse
+from clevagent_wire.beats import INCIDENT_FIELDS
 
 KEY = "cv_right"
 ONE, BATCH, STATUS, COMMANDS = "/api/v1/heartbeat", "/api/v1/heartbeat/batch", "/api/v1/status", "/api/v1/commands"
@@ -394,7 +395,7 @@ def list_of_totals():
 
 def list_of_incident():
     of_incident = sentences(Incident)
-    return "\n".join(wrapped(f"- `{name}`: {of_incident[name]}") for name in pulse._TOLD_FIELDS)
+    return "\n".join(wrapped(f"- `{name}`: {of_incident[name]}") for name in INCIDENT_FIELDS)
 
 
 def section(title):

@@ -26,8 +26,8 @@ import clevagent
 from clevagent import Budget, BudgetExceeded
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_core.providers import retries as clevagent_retries
 from clevagent_langchain import ClevAgentCallbackHandler
+from clevagent_providers import retries as clevagent_retries
 
 TRIES = 50
 FITS = 10

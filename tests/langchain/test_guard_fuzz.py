@@ -19,7 +19,7 @@ import clevagent
 from clevagent import Budget
 from clevagent.testing import LoopbackProvider, Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_core.providers import retries
+from clevagent_providers import retries
 
 TEXTS = [
     "Hello", "x" * 900, "\ufdfa" * 60, "\ufdfa", "😀" * 90, "👩‍👩‍👧‍👦" * 20, "e\u0301" * 100, "ﬃ" * 100, "한국어" * 40, "\U0001d15e" * 50, "\x01\x02" * 40,

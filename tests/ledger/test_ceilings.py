@@ -32,7 +32,7 @@ from clevagent_core.summaries import RunSummary
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
-OBSERVERS = ["clevagent_core.heartbeat.pulse", "clevagent_core.guards.stall"]
+OBSERVERS = ["clevagent_heartbeat.pulse", "clevagent_heartbeat.stall"]
 """What only looks on, at every half minute of the years that pass here."""
 PRICES = {
     "m": Price(input=1, output=2, context_window=500),

@@ -16,8 +16,8 @@ import clevagent
 from clevagent import Budget
 from clevagent.testing import LoopbackProvider
 from clevagent_core.money import PICO_PER_USD
-from clevagent_core.providers import retries as clevagent_retries
 from clevagent_core.watchdog import Watchdog
+from clevagent_providers import retries as clevagent_retries
 
 PROMPT = "Write me a poem about the sea and the moon. " * 10
 LIMIT = 400

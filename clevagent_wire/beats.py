@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from clevagent_core.money import to_usd
+_PICO_PER_USD = 10**12
 
 BeatKind = Literal["liveness", "crash", "stall", "shutdown"]
 
@@ -42,6 +42,11 @@ class Amounts:
         """Input and output tokens together."""
         return self.input_tokens + self.output_tokens
 
+    @property
+    def cost_usd(self) -> float:
+        """What it did cost, in US dollars."""
+        return self.cost_pico / _PICO_PER_USD
+
     def since(self, told: Amounts) -> Amounts:
         """Give what came since ``told``; never negative: what a correction takes back is taken off what comes later."""
         return Amounts(**{name: max(0, value - getattr(told, name)) for name, value in asdict(self).items()})
@@ -50,6 +55,11 @@ class Amounts:
         """Add both."""
         return Amounts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
+
+INCIDENT_FIELDS = (
+    "kind", "message", "run_id", "at", "action", "budget", "key", "window", "unit", "spent", "held", "needed", "ceiling", "details",
+)  # fmt: skip
+"""The fields of an incident that are sent."""
 
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -107,7 +117,7 @@ class Beat:
             "status": self.status,
             "message": self.message,
             "tokens_used": amounts.tokens,
-            "cost_usd": to_usd(amounts.cost_pico),
+            "cost_usd": amounts.cost_usd,
             "tool_calls": amounts.tool_calls,
             "llm_calls": amounts.llm_calls,
             "steps": amounts.steps,
@@ -127,7 +137,7 @@ class Beat:
                 "tokens": totals.tokens,
                 "input_tokens": totals.input_tokens,
                 "output_tokens": totals.output_tokens,
-                "cost_usd": to_usd(totals.cost_pico),
+                "cost_usd": totals.cost_usd,
                 "llm_calls": totals.llm_calls,
                 "tool_calls": totals.tool_calls,
                 "steps": totals.steps,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from clevagent_core.calls import Usage
-from clevagent_core.providers.usage import from_anthropic, from_openai
+from clevagent_providers.usage import from_anthropic, from_openai
 
 
 class Reader(Protocol):

@@ -11,8 +11,8 @@ from typing import Any
 from clevagent_core.bounds import is_opaque
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import UsageError
-from clevagent_core.providers.answers import Reader
-from clevagent_core.providers.requests import LIMIT_KEYS, Facts, facts_of, whole
+from clevagent_providers.answers import Reader
+from clevagent_providers.requests import LIMIT_KEYS, Facts, facts_of, whole
 
 
 class JsonPlan:

@@ -24,9 +24,10 @@ import tenacity
 
 from clevagent_core.clock import Clock, ReentrantEvent
 from clevagent_core.errors import DeliveryError
+from clevagent_wire.version import __version__
 
 if TYPE_CHECKING:
-    from clevagent_core.heartbeat.spool import Spool
+    from clevagent_heartbeat.spool import Spool
 
 logger = logging.getLogger("clevagent")
 
@@ -363,8 +364,6 @@ class Sender:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> object:
         if self._client is None:
-            from clevagent import __version__  # noqa: PLC0415 - the face imports this package
-
             headers = {**self._headers, "User-Agent": f"clevagent/{__version__}", "Content-Type": "application/json"}
             self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=False)
         try:

@@ -12,10 +12,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+# Not public, and what every client derives from since the SDKs are generated: the one place through which all requests go.
+from openai._base_client import AsyncAPIClient, SyncAPIClient
+
+from clevagent_clients.clients import Clients
+from clevagent_clients.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
 from clevagent_core.bounds import content_bound
 from clevagent_core.calls import LLMCall
-from clevagent_core.providers.answers import ChatReader, Reader, ResponsesReader
-from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
+from clevagent_providers.answers import ChatReader, Reader, ResponsesReader
 
 _PRICED = re.compile(r"(?:^|/)(chat/completions|completions|responses|embeddings)$")
 _FREE = re.compile(
@@ -32,7 +36,7 @@ _LONG = re.compile(r"(?:^|[/:])(?:chatgpt-4o|gpt-4o|gpt-4\.1)(?!-2024-05-13|-rea
 
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
-    """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
+    """Read a request: see :class:`~clevagent_clients.clients.Plan`; ``None`` where it costs nothing."""
     begun = begin(options, priced=_PRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
@@ -65,7 +69,7 @@ class _LimitedPlan(JsonPlan):
         return super().body(limit)
 
     def adapt(self, error: Exception) -> bool:
-        """See :meth:`clevagent_core.providers.clients.Plan.adapt`. Such a refusal is not billed."""
+        """See :meth:`clevagent_clients.clients.Plan.adapt`. Such a refusal is not billed."""
         if getattr(error, "status_code", None) not in {400, 422}:
             return False
         text = str(error)
@@ -225,3 +229,6 @@ def _ask_for_usage(body: dict[str, Any]) -> bool:
         return False
     body["stream_options"] = {**options, "include_usage": True} if isinstance(options, Mapping) else {"include_usage": True}
     return True
+
+
+clients = Clients((SyncAPIClient, AsyncAPIClient), plan)

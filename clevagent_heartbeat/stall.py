@@ -25,13 +25,13 @@ from clevagent_core.hookspecs import hookimpl
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
-    from clevagent_core.heartbeat.beats import Beat
-    from clevagent_core.heartbeat.stacks import Stack
     from clevagent_core.runs import Run
     from clevagent_core.settings import OnStall
     from clevagent_core.summaries import RunSummary
     from clevagent_core.tickets import Ticket, Work
     from clevagent_core.watchdog import Watchdog
+    from clevagent_heartbeat.stacks import Stack
+    from clevagent_wire.beats import Beat
 
 logger = logging.getLogger("clevagent")
 
@@ -218,7 +218,7 @@ class StallGuard:
 
 
 def _stack(reference: weakref.ref[Any] | None, thread: int) -> Stack | None:
-    from clevagent_core.heartbeat.stacks import task_stack, thread_stack  # noqa: PLC0415 - only where something is stuck
+    from clevagent_heartbeat.stacks import task_stack, thread_stack  # noqa: PLC0415 - only where something is stuck
 
     task = reference() if reference is not None else None
     return (task_stack(task) if task is not None else None) or thread_stack(thread)

@@ -13,9 +13,9 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, cast
 
-from clevagent_core.providers.answers import Reader
-from clevagent_core.providers.outcomes import fail, settle
 from clevagent_core.tickets import Ticket
+from clevagent_providers.answers import Reader
+from clevagent_providers.outcomes import fail, settle
 
 logger = logging.getLogger("clevagent")
 

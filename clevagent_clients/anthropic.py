@@ -10,9 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from clevagent_core.providers.answers import MessagesReader
-from clevagent_core.providers.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
-from clevagent_core.providers.requests import has_key
+# Not public, and what every client derives from since the SDKs are generated: the one place through which all requests go.
+from anthropic._base_client import AsyncAPIClient, SyncAPIClient
+
+from clevagent_clients.clients import Clients
+from clevagent_clients.plans import JsonPlan, UnpricedPlan, begin, describe, mappings
+from clevagent_providers.answers import MessagesReader
+from clevagent_providers.requests import has_key
 
 _PRICED = re.compile(r"(?:^|/)(messages|complete)$")
 _FREE = re.compile(
@@ -30,7 +34,7 @@ _BILLERS = {
 
 
 def plan(client: Any, options: Any) -> JsonPlan | UnpricedPlan | None:
-    """Read a request: see :class:`~clevagent_core.providers.clients.Plan`; ``None`` where it costs nothing."""
+    """Read a request: see :class:`~clevagent_clients.clients.Plan`; ``None`` where it costs nothing."""
     begun = begin(options, priced=_PRICED, free=_FREE)
     if not isinstance(begun, tuple):
         return begun
@@ -77,3 +81,6 @@ def _biller(client: Any, model: str) -> str | None:
     if "=" in model:
         return None  # no list has a price for that, and none may take it for the plain model
     return next((biller for base in type(client).__mro__ if (biller := _BILLERS.get(base.__name__)) is not None), "anthropic")
+
+
+clients = Clients((SyncAPIClient, AsyncAPIClient), plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from clevagent_core.providers.failures import is_transient, wait_before_retry
+from clevagent_providers.failures import is_transient, wait_before_retry
 
 T = TypeVar("T")
 

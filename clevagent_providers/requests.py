@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from clevagent_core.bounds import is_opaque
+from clevagent_core.bounds import is_opaque, rounds_of
 
 LIMIT_KEYS = (
     "max_tokens",
@@ -47,12 +47,6 @@ _READ_ELSEWHERE = frozenset({
 })  # fmt: skip
 """Not ``thinking`` and ``truncation``: by them a provider leaves out parts of a history, so what it reported for one value says nothing
 for another."""
-_LOOPS = (
-    "web_search", "web_fetch", "code_execution", "code_interpreter", "file_search", "mcp", "tool_search", "shell",
-)  # fmt: skip
-"""How the types of tools begin that a provider runs, and whose results the model reads in the same request."""
-_ROUNDS = 10
-"""How often a model reads in one request whose tools nobody limits: Anthropic ends the loop then, and others do not say."""
 
 
 def largest_limit(params: Mapping[str, Any]) -> int | None:
@@ -101,27 +95,6 @@ def is_unbounded(params: Mapping[str, Any]) -> bool:
         return False
     # A provider's own tools are named by type (web_search_20250305, file_search, mcp): what they read is billed as input.
     return any(isinstance(tool, Mapping) and tool.get("type", "function") not in {"function", "custom"} for tool in tools)
-
-
-def rounds_of(params: Mapping[str, Any]) -> int:
-    """How often the model may read its input: again after each use of a tool that the provider runs."""
-    tools = params.get("tools")
-    given = tools if isinstance(tools, (list, tuple)) else ()
-    looping = [tool for tool in given if isinstance(tool, Mapping) and _is_looping(tool)]
-    if not looping and not params.get("mcp_servers"):
-        return 1
-    most = params.get("max_tool_calls")
-    if type(most) is int:
-        return max(0, most) + 1
-    uses = [count for tool in looping if type(count := tool.get("max_uses")) is int]
-    if params.get("mcp_servers") or len(uses) < len(looping):
-        return _ROUNDS
-    return min(sum(uses) + 1, _ROUNDS)
-
-
-def _is_looping(tool: Mapping[str, Any]) -> bool:
-    kind = tool.get("type")
-    return isinstance(kind, str) and kind.startswith(_LOOPS)
 
 
 def has_key(value: object, key: str) -> bool:

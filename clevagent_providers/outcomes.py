@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 
 from clevagent_core.calls import LLMCall, Usage
-from clevagent_core.providers.failures import may_be_billed
-from clevagent_core.providers.usage import UnusableUsage, from_error
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
+from clevagent_providers.failures import may_be_billed
+from clevagent_providers.usage import UnusableUsage, from_error
 
 logger = logging.getLogger("clevagent")
 

@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from clevagent_core.calls import Step
 from clevagent_core.clock import Timer
-from clevagent_core.heartbeat.beats import Amounts, Beat, BeatKind
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.verdicts import Incident
+from clevagent_wire.beats import INCIDENT_FIELDS, Amounts, Beat, BeatKind
 
 if TYPE_CHECKING:
-    from clevagent_core.heartbeat.crashes import Crashes
-    from clevagent_core.heartbeat.sender import Sender
-    from clevagent_core.heartbeat.spool import Spool
     from clevagent_core.runs import Run
     from clevagent_core.watchdog import Watchdog
+    from clevagent_heartbeat.crashes import Crashes
+    from clevagent_heartbeat.sender import Sender
+    from clevagent_heartbeat.spool import Spool
 
 logger = logging.getLogger("clevagent")
 
@@ -215,9 +215,9 @@ class Pulse:
             util.Finalize(self, _end, (weakref.ref(self),), exitpriority=0)
 
     def _connect(self, endpoint: str) -> None:
-        from clevagent_core.heartbeat.crashes import Crashes  # noqa: PLC0415 - only where a monitor is named
-        from clevagent_core.heartbeat.sender import Sender  # noqa: PLC0415 - as above
-        from clevagent_core.heartbeat.spool import Spool  # noqa: PLC0415 - as above
+        from clevagent_heartbeat.crashes import Crashes  # noqa: PLC0415 - only where a monitor is named
+        from clevagent_heartbeat.sender import Sender  # noqa: PLC0415 - as above
+        from clevagent_heartbeat.spool import Spool  # noqa: PLC0415 - as above
 
         watchdog = self._watchdog
         settings = watchdog.settings
@@ -236,7 +236,7 @@ class Pulse:
 
     def _crashed(self, where: str, error: BaseException) -> None:
         """Tell of an exception that nobody caught."""
-        from clevagent_core.heartbeat.stacks import from_exception  # noqa: PLC0415 - only where something has crashed
+        from clevagent_heartbeat.stacks import from_exception  # noqa: PLC0415 - only where something has crashed
 
         watchdog = self._watchdog
         stack = from_exception(error)
@@ -272,12 +272,6 @@ class Pulse:
             self._sender.after_fork()
 
 
-_TOLD_FIELDS = (
-    "kind", "message", "run_id", "at", "action", "budget", "key", "window", "unit", "spent", "held", "needed", "ceiling", "details",
-)  # fmt: skip
-"""The fields of an incident that are sent."""
-
-
 def _told(incident: Incident, *, with_errors: bool = False) -> Mapping[str, object]:
     if not with_errors and "error" in incident.details:
         # What somebody's exception says may quote prompts and answers: its type is told instead.
@@ -285,7 +279,7 @@ def _told(incident: Incident, *, with_errors: bool = False) -> Mapping[str, obje
         kind = error.partition("(")[0]
         text = incident.message.replace(error, kind)
         incident = replace(incident, message=text, details={**incident.details, "error": kind})
-    return {name: getattr(incident, name) for name in _TOLD_FIELDS[:-1]} | {"details": _plain(incident.details)}
+    return {name: getattr(incident, name) for name in INCIDENT_FIELDS[:-1]} | {"details": _plain(incident.details)}
 
 
 def _text_of(error: BaseException) -> str:

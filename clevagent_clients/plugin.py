@@ -1,4 +1,4 @@
-"""The adapter of an SDK as a plugin. The SDK is imported once something of it is to be guarded."""
+"""The adapters of the two SDKs as plugins. An SDK is imported once something of it is to be guarded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from clevagent_clients.clients import Clients
     from clevagent_core.budgets import Budget, OnExceed
-    from clevagent_core.providers.clients import Clients
     from clevagent_core.watchdog import Watchdog
 
 
@@ -22,7 +22,7 @@ class ClientPlugin:
     sdk: ClassVar[str]
     """The SDK's package, which is also the name to attach by, and the extra."""
     adapter: ClassVar[str]
-    """The module that holds the SDK's ``clients``, a :class:`~clevagent_core.providers.clients.Clients`."""
+    """The module that holds the SDK's ``clients``, a :class:`~clevagent_clients.clients.Clients`."""
 
     @hookimpl
     def clevagent_guard(
@@ -62,3 +62,17 @@ class ClientPlugin:
     def _clients(self) -> Clients:
         found: Clients = importlib.import_module(self.adapter).clients
         return found
+
+
+class OpenAIPlugin(ClientPlugin):
+    """Guards clients of OpenAI's SDK, and attaches to all of them."""
+
+    sdk = "openai"
+    adapter = "clevagent_clients.openai"
+
+
+class AnthropicPlugin(ClientPlugin):
+    """Guards clients of Anthropic's SDK, and attaches to all of them."""
+
+    sdk = "anthropic"
+    adapter = "clevagent_clients.anthropic"

@@ -17,19 +17,19 @@ from contextvars import ContextVar
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from clevagent_clients.metering import Meter, tap
 from clevagent_core import default
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.coverage import give_back, take
 from clevagent_core.errors import ClevAgentError, UsageError
-from clevagent_core.providers.answers import Reader
-from clevagent_core.providers.covering import give_back, take
-from clevagent_core.providers.failures import may_be_billed
-from clevagent_core.providers.metering import Meter, tap
-from clevagent_core.providers.outcomes import fail
-from clevagent_core.providers.requests import seconds_of
-from clevagent_core.providers.retries import arepeat, repeat
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
+from clevagent_providers.answers import Reader
+from clevagent_providers.failures import may_be_billed
+from clevagent_providers.outcomes import fail
+from clevagent_providers.requests import seconds_of
+from clevagent_providers.retries import arepeat, repeat
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog

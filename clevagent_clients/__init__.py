@@ -1,0 +1,1 @@
+"""ClevAgent for the raw clients of OpenAI and Anthropic."""

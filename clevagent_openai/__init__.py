@@ -1,1 +1,0 @@
-"""ClevAgent for OpenAI."""
