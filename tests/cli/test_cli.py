@@ -68,6 +68,15 @@ def test_version_is_printed(invoke):
     assert invoke("--version").output == f"clevagent {clevagent.__version__}\n"
 
 
+def test_python_m_clevagent_is_the_command():
+    """Also where the folder of scripts is not on the path; its help says how it was called."""
+    command = [sys.executable, "-m", "clevagent"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"clevagent {clevagent.__version__}\n", "")
+    done = subprocess.run([*command, "plugins", "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("Usage: python -m clevagent plugins [OPTIONS]\n")
+
+
 def test_help_lists_the_commands(invoke):
     result = invoke("--help")
     assert result.exit_code == 0
