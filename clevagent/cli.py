@@ -118,9 +118,11 @@ def _plugin_table(states: Sequence[PluginState]) -> Table:
 def demo_command() -> None:
     """See runaway agents stopped, and what happens without a guard.
 
-    Real agents of LangChain, LangGraph and (where it is installed) CrewAI, and OpenAI's real client, against a provider on this
-    machine that keeps the bill: no key, no account, no network, no cost. Takes half a minute. The exit code is 0 if every agent was stopped by what should stop it, no
-    ceiling was passed and every ledger agrees with the bill.
+    Real agents of LangChain and LangGraph, OpenAI's real client and, where CrewAI is installed, a crew call a provider on this machine,
+    which keeps the bill: no key, no account, no network, no cost.
+
+    Takes about half a minute, longer on a busy machine. The exit code is 0 if every agent was stopped by what should stop it, no ceiling
+    was passed and every ledger agrees with the bill; 1 if not; 2 if a package is missing.
     """
     missing = _missing_for_the_demo()
     if missing:
