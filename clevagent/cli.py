@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NOT_DONE = 2
 """The exit code where nothing could be done, because something has to be put right first."""
 _DEMO_NEEDS = ("langchain_core", "langchain.agents", "langchain_openai")
-_STYLES = {"loaded": "green", "blocked": "yellow", "broken": "bold red"}
+_STYLES = {"loaded": "green", "not installed": "dim", "blocked": "yellow", "broken": "bold red"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,9 +38,10 @@ main.add_command(ledger_command)
 
 @main.command("plugins")
 def plugins_command() -> None:
-    """List the plugins, and what became of each.
+    """List the plugins, and whether each is loaded.
 
-    Honours CLEVAGENT_* in the environment, such as CLEVAGENT_BLOCK. The exit code is 1 if a plugin is broken.
+    A plugin is loaded, not installed (what it guards is not installed), blocked (by CLEVAGENT_BLOCK) or broken. The exit code is 1 if
+    a plugin is broken.
     """
     from rich.console import Console  # noqa: PLC0415 - not needed for --help
 
@@ -51,10 +52,19 @@ def plugins_command() -> None:
         sys.exit(_NOT_DONE)
     console = Console()
     console.print(_plugin_table(states))
+    missing = [state.name for state in states if state.status == "not installed" and state.source == "clevagent"]
+    if missing:
+        # As it stands, also between brackets: no markup.
+        console.print(
+            "A plugin that is not installed waits for its framework. To add it, in the folder of ClevAgent's repository:\n"
+            f'  pip install ".[{",".join(missing)}]"',
+            highlight=False,
+            markup=False,
+        )
     broken = sum(state.status == "broken" for state in states)
     if broken:
         console.print(
-            f"{broken} of {len(states)} plugins {'is' if broken == 1 else 'are'} broken and left out; the others work. Mend or "
+            f"{broken} of {len(states)} plugins {'is' if broken == 1 else 'are'} broken and left out; the others work. Fix or "
             "uninstall what is broken, or leave it out knowingly with CLEVAGENT_BLOCK=name.",
             highlight=False,
         )
@@ -89,9 +99,10 @@ def _plugin_table(states: Sequence[PluginState]) -> Table:
     from rich.table import Table  # noqa: PLC0415 - as above
     from rich.text import Text  # noqa: PLC0415 - as above
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("name", "source", "status", "hooks, or what is wrong"):
-        table.add_column(title, overflow="fold", no_wrap=title == "status")
+    # Wide enough for our own names; hooks fit what is left of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("name", "source", "status", "hooks, or the reason"):
+        table.add_column(title, overflow="fold", no_wrap=title == "status", min_width=28 if title == "name" else None)
     for state in states:
         # Text, because a plugin's own words may look like markup.
         detail = state.detail.replace(", ", "\n") if state.status == "loaded" else state.detail
@@ -107,9 +118,11 @@ def _plugin_table(states: Sequence[PluginState]) -> Table:
 def demo_command() -> None:
     """See runaway agents stopped, and what happens without a guard.
 
-    Real agents of LangChain, LangGraph and (where it is installed) CrewAI, and OpenAI's real client, against a provider on this
-    machine that keeps the bill: no key, no account, no network, no cost. Takes half a minute. The exit code is 0 if every agent was stopped by what should stop it, no
-    ceiling was passed and every ledger agrees with the bill.
+    Real agents of LangChain and LangGraph, OpenAI's real client and, where CrewAI is installed, a crew call a provider on this machine,
+    which keeps the bill: no key, no account, no network, no cost.
+
+    Takes about half a minute, longer on a busy machine. The exit code is 0 if every agent was stopped by what should stop it, no ceiling
+    was passed and every ledger agrees with the bill; 1 if not; 2 if a package is missing.
     """
     missing = _missing_for_the_demo()
     if missing:

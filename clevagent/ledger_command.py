@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,30 +19,33 @@ if TYPE_CHECKING:
     from clevagent_core.ledger.inspection import AccountRecord, LedgerFile, OwnerRecord
 
 _NOT_DONE = 2
-
-
-@click.group("ledger")
-@click.option(
+_ledger_option = click.option(
     "--ledger",
-    "url",
-    envvar="CLEVAGENT_LEDGER",
-    help="The file: sqlite:///path or a path. CLEVAGENT_LEDGER when not given.",
+    "option",
+    metavar="LEDGER",
+    help="The ledger's file: sqlite:///PATH or a plain path. Without it, CLEVAGENT_LEDGER.",
 )
+
+
+@click.group("ledger", epilog="The ledger may be named before or after the command, or as the command's first argument.")
+@_ledger_option
 @click.pass_context
-def ledger_command(context: click.Context, url: str | None) -> None:
-    """Look at a ledger that agents share, and change it while they run."""
-    context.obj = url
+def ledger_command(context: click.Context, option: str | None) -> None:
+    """Show what agents have spent, and change it while they run."""
+    context.obj = option
 
 
 @ledger_command.command("show")
-@click.option("--all", "with_over", is_flag=True, help="Also windows and runs that are over; they are kept for an hour.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with amounts in US dollars, tokens or calls.")
+@click.argument("ledger", required=False)
+@_ledger_option
+@click.option("--all", "with_over", is_flag=True, help="Also show windows and runs that are over; they are kept for an hour.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with amounts in US dollars, tokens or calls.")
 @click.pass_obj
-def show_command(url: str | None, *, with_over: bool, as_json: bool) -> None:
-    """Show every account: what is spent, held and left; and the processes that use the file."""
-    with _opened(url) as ledger:
-        records = [record for record in ledger.accounts(time.time()) if with_over or not record.is_over]
-        owners = ledger.owners()
+def show_command(before: str | None, *, ledger: str | None, option: str | None, with_over: bool, as_json: bool) -> None:
+    """Show what each budget has spent and holds, and who uses the file."""
+    with _opened(before, option, ledger) as opened:
+        records = [record for record in opened.accounts(time.time()) if with_over or not record.is_over]
+        owners = opened.owners()
     if as_json:
         click.echo(json.dumps({"accounts": [_plain(record) for record in records], "processes": list(map(_plain_owner, owners))}))
         return
@@ -48,22 +53,28 @@ def show_command(url: str | None, *, with_over: bool, as_json: bool) -> None:
 
 
 @ledger_command.command("top-up")
-@click.argument("budget")
-@click.option("--usd", help="By how many US dollars.")
-@click.option("--tokens", type=int, help="By how many tokens, of a limit in tokens.")
-@click.option("--input-tokens", type=int, help="By how many input tokens.")
-@click.option("--output-tokens", type=int, help="By how many output tokens.")
-@click.option("--llm-calls", type=int, help="By how many model calls.")
-@click.option("--tool-calls", type=int, help="By how many tool calls.")
-@click.option("--key", help="Whose account, where the budget has several; as `show` writes it.")
+@click.argument("words", nargs=-1, metavar="[LEDGER] BUDGET")
+@_ledger_option
+@click.option("--usd", metavar="AMOUNT", help="How many US dollars to add.")
+@click.option("--tokens", type=int, help="How many tokens to add, to a limit in tokens.")
+@click.option("--input-tokens", type=int, help="How many input tokens to add.")
+@click.option("--output-tokens", type=int, help="How many output tokens to add.")
+@click.option("--llm-calls", type=int, help="How many model calls to add.")
+@click.option("--tool-calls", type=int, help="How many tool calls to add.")
+@click.option("--key", help="Which account, if the budget has several; as `show` prints it.")
 @click.pass_obj
-def top_up_command(url: str | None, /, budget: str, key: str | None, **amounts: Any) -> None:
-    """Raise a ceiling of BUDGET and open its latch: calls that were refused pass again."""
+def top_up_command(before: str | None, /, words: Sequence[str], option: str | None, key: str | None, **amounts: Any) -> None:
+    """Raise the ceiling of BUDGET by one of the amounts below.
+
+    Calls that were refused can pass again, without a restart. BUDGET is a name that `show` prints; with two arguments, the first is the
+    ledger's file.
+    """
     from clevagent_core.ledger.inspection import choose, listed  # noqa: PLC0415 - not needed for --help
     from clevagent_core.money import to_pico  # noqa: PLC0415 - as above
 
     given = {unit: amount for unit, amount in amounts.items() if amount is not None}
-    with _opened(url) as ledger:
+    argument, budget = _ledger_and_budget(words)
+    with _opened(before, option, argument) as ledger:
         if len(given) != 1:
             raise UsageError("Give exactly one amount, for example --usd 5; nothing was changed.")
         ((unit, amount),) = given.items()
@@ -81,15 +92,20 @@ def top_up_command(url: str | None, /, budget: str, key: str | None, **amounts: 
 
 
 @ledger_command.command("reset")
-@click.argument("budget")
-@click.option("--key", help="Only this account; as `show` writes it. All of the budget's when not given.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.argument("words", nargs=-1, metavar="[LEDGER] BUDGET")
+@_ledger_option
+@click.option("--key", help="Reset only this account, as `show` prints it; by default all of the budget's.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @click.pass_obj
-def reset_command(url: str | None, budget: str, key: str | None, *, yes: bool) -> None:
-    """Start the open accounts of BUDGET from zero, as if nothing had been spent. What calls in flight hold stays held."""
+def reset_command(before: str | None, *, words: Sequence[str], option: str | None, key: str | None, yes: bool) -> None:
+    """Set what BUDGET has spent back to zero.
+
+    What calls in flight hold stays held. BUDGET is a name that `show` prints; with two arguments, the first is the ledger's file.
+    """
     from clevagent_core.ledger.inspection import choose  # noqa: PLC0415 - not needed for --help
 
-    with _opened(url) as ledger:
+    argument, budget = _ledger_and_budget(words)
+    with _opened(before, option, argument) as ledger:
         found = choose(ledger.accounts(time.time()), budget, key=key, unit=None)
         for record in found:
             click.echo(f"{budget!r} ({record.balance.key.key}) has spent {_amount(record, record.balance.spent)}.")
@@ -99,19 +115,26 @@ def reset_command(url: str | None, budget: str, key: str | None, *, yes: bool) -
     click.echo(f"Started {count} account{'' if count == 1 else 's'} from zero.")
 
 
+def _ledger_and_budget(words: Sequence[str]) -> tuple[str | None, str]:
+    """Split the arguments ``[LEDGER] BUDGET``: click has no optional argument in front of a required one."""
+    match words:
+        case (budget,):
+            return None, budget
+        case (ledger, budget):
+            return ledger, budget
+        case ():
+            raise click.UsageError("Missing argument 'BUDGET'.")
+        case _:
+            raise click.UsageError(f"Got {len(words)} arguments, where [LEDGER] BUDGET are at most two: {' '.join(words)}")
+
+
 @contextmanager
-def _opened(url: str | None) -> Iterator[LedgerFile]:
-    from clevagent_core.ledger.files import path_of  # noqa: PLC0415 - as above
+def _opened(*given: str | None) -> Iterator[LedgerFile]:
+    """Open the ledger that was named in one of several places, or else in the environment."""
     from clevagent_core.ledger.inspection import LedgerFile  # noqa: PLC0415 - not needed for --help
 
     try:
-        path = path_of(url) if url else None
-        if path is None:
-            raise UsageError(
-                f"{'No ledger was named' if not url else f'{url!r} is no file'}, so there is nothing to look at. Give "
-                "--ledger sqlite:///path, or set CLEVAGENT_LEDGER. (Accounts in memory end with their process and cannot be seen from "
-                "outside.)"
-            )
+        path = _path([url for url in given if url] or [os.environ.get("CLEVAGENT_LEDGER", "")])
         ledger = LedgerFile(path)
         try:
             yield ledger
@@ -120,6 +143,29 @@ def _opened(url: str | None) -> Iterator[LedgerFile]:
     except ClevAgentError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(_NOT_DONE)
+
+
+def _path(urls: Sequence[str]) -> Path:
+    """Return the one file that all of ``urls`` name.
+
+    Raises:
+        UsageError: they name several, or none.
+
+    """
+    from clevagent_core.ledger.files import path_of  # noqa: PLC0415 - not needed for --help
+
+    paths = {url: path_of(url) or (Path(url) if url and Path(url).is_file() else None) for url in urls}
+    if len({path.absolute() if path else url for url, path in paths.items()}) > 1:
+        raise UsageError(
+            f"Two different ledgers were named, {' and '.join(map(repr, paths))}; nothing was changed. Give one of them."
+        )
+    url, path = next(iter(paths.items()))
+    if path is None:
+        raise UsageError(
+            f"{f'{url!r} is not a file' if url else 'No ledger was named'}, so there is nothing to look at. Give --ledger sqlite:///path, or "
+            "set CLEVAGENT_LEDGER. (Accounts in memory end with their process and cannot be seen from outside.)"
+        )
+    return path
 
 
 def _scale(record: AccountRecord) -> Callable[[int], float]:

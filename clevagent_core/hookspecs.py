@@ -155,7 +155,8 @@ def clevagent_attach(name: str, watchdog: Watchdog) -> bool | None:
 def clevagent_attachable() -> Mapping[str, str]:
     """Name what ``clevagent_attach`` can attach to, each with the module whose import tells that it is in use.
 
-    Asked for ``init(attach="auto")``; imports nothing. Raising is logged, and the plugin passed over.
+    Asked for ``init(attach="auto")``, and by ``clevagent plugins``, which lists a plugin as not installed if none of the modules can be
+    found. Imports nothing. Raising is logged, and the plugin passed over.
     """
     raise AssertionError  # pragma: no cover - a specification is never called
 

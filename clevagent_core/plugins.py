@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -20,7 +23,7 @@ from clevagent_core.errors import PluginError, UsageError
 from clevagent_core.pricing import Rates
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import Distribution, EntryPoint
 
     from clevagent_core.budgets import Budget, OnExceed
     from clevagent_core.calls import Call, LLMCall, Step
@@ -67,9 +70,10 @@ class PluginState:
     source: str
     """``built-in``, ``init`` (given by the user), or the distribution that brought it."""
     status: str
-    """``loaded``, ``blocked`` or ``broken``."""
+    """``loaded``, ``not installed``, ``blocked`` or ``broken``. A plugin that is ``not installed`` is loaded, and waits: what it
+    attaches to (``clevagent_attachable``) is not installed."""
     detail: str = ""
-    """Its hooks when it is loaded; what is wrong with it when it is broken."""
+    """Its hooks when it is loaded; what is missing, and which extra adds it; what is wrong with it when it is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         self._blocked = tuple(dict.fromkeys(block))
         self._states: dict[str, PluginState] = {}
+        self._distributions: dict[str, Distribution] = {}
         for name in self._blocked:
             self._manager.set_blocked(name)
         self._bind()
@@ -192,8 +197,10 @@ class Plugins:
         self._bind()
 
     def states(self) -> tuple[PluginState, ...]:
-        """Tell what became of every plugin: loaded, blocked or broken."""
-        return tuple(self._states.values())
+        """Return what became of every plugin: loaded, not installed, blocked or broken. Imports no framework."""
+        waiting = {name: missing for name, missing in self._missing_frameworks() if name in self._states}
+        states = {name: replace(self._states[name], status="not installed", detail=detail) for name, detail in waiting.items()}
+        return tuple((self._states | states).values())
 
     bound_hooks: BoundHooks
     """The hot hooks, bound anew whenever the set of plugins changes."""
@@ -247,14 +254,31 @@ class Plugins:
     def attachable(self) -> dict[str, str]:
         """Ask what can be attached to: names, each with the module whose import tells that it is in use."""
         found: dict[str, str] = {}
+        for _, modules in self._attachable():
+            found = {**modules, **found}
+        return found
+
+    def _attachable(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Ask each plugin what it can attach to, with the plugin's name."""
         for implementation in self._implementations("clevagent_attachable"):
             try:
-                found = {**_call(implementation), **found}
+                yield implementation.plugin_name, {str(name): str(module) for name, module in _call(implementation).items()}
             except Exception:  # whose code: a plugin's; it is passed over, and the others are asked
                 logger.exception(
                     "The plugin %r could not tell what it attaches to; it was passed over.", implementation.plugin_name
                 )
-        return found
+
+    def _missing_frameworks(self) -> Iterator[tuple[str, str]]:
+        """Find the plugins none of whose frameworks is installed, each with what is missing."""
+        for plugin, modules in self._attachable():
+            if modules and not any(map(_is_installed, modules.values())):
+                extras = _extras(self._distributions.get(plugin))
+                source = self._states[plugin].source
+                needs = (
+                    f"needs {module.partition('.')[0]}" + (f", which the extra {source}[{name}] adds" if name in extras else "")
+                    for name, module in modules.items()
+                )
+                yield plugin, "; or ".join(needs)
 
     def price(self, model: str, provider: str | None, service_tier: str | None) -> Rates | None:
         """Ask for a model's rates; a provider that fails counts as one that does not know."""
@@ -288,6 +312,8 @@ class Plugins:
 
     def _load_entry_point(self, point: EntryPoint) -> None:
         source = point.dist.name if point.dist is not None else "entry point"
+        if point.dist is not None:
+            self._distributions[point.name] = point.dist
         if point.name in self._blocked:
             self._states[point.name] = PluginState(point.name, source, "blocked")
             return
@@ -360,3 +386,24 @@ class Plugins:
 
 def _call(implementation: pluggy.HookImpl, **arguments: object) -> Any:
     return implementation.function(*(arguments[name] for name in implementation.argnames))
+
+
+def _is_installed(module: str) -> bool:
+    """Check whether a module can be found. Neither it nor a package around it is imported."""
+    if sys.modules.get(module) is not None:
+        return True
+    name, *parts = module.split(".")
+    try:
+        spec = find_spec(name)
+    except ValueError:  # a module that was made by hand has no spec
+        return not parts
+    for part in parts:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec is not None
+
+
+def _extras(distribution: Distribution | None) -> Sequence[str]:
+    return (distribution.metadata.get_all("Provides-Extra") or ()) if distribution is not None else ()

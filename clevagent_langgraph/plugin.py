@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from clevagent_core.hookspecs import hookimpl
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LangGraphPlugin:
-    """Guards compiled graphs."""
+    """Guards compiled graphs, and attaches to all of them with the LangChain adapter."""
 
     @hookimpl(tryfirst=True)
     def clevagent_guard(
@@ -26,3 +26,16 @@ class LangGraphPlugin:
         from clevagent_langgraph.graphs import guard_graph  # noqa: PLC0415 - imports LangGraph
 
         return guard_graph(obj, watchdog, budgets, on_exceed)
+
+    @hookimpl
+    def clevagent_attach(self, name: str, watchdog: Watchdog) -> bool | None:
+        """Attach to LangChain's callback managers, which graphs use too."""
+        if name != "langgraph":
+            return None
+        watchdog.attach("langchain")
+        return True
+
+    @hookimpl
+    def clevagent_attachable(self) -> Mapping[str, str]:
+        """Name the module of compiled graphs: other distributions share the package ``langgraph``."""
+        return {"langgraph": "langgraph.pregel"}

@@ -35,7 +35,7 @@ with clevagent.run(budgets=[clevagent.Budget(usd=0.50)]):
 
 
 def perform(console: Console | None = None) -> list[SceneResult]:
-    """Play the demo on ``console`` and give its results. Takes half a minute; touches nothing of the process's watchdog."""
+    """Play the demo on ``console`` and return its results. Touches nothing of the process's watchdog."""
     console = console or Console(highlight=False)
     begun_at = time.monotonic()
     scenes = [*SCENES, *frameworks.scenes()]

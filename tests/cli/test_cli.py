@@ -53,6 +53,14 @@ class Plugin:
     def clevagent_run_ended(self, run, summary):
         pass
 """
+WAITS = """
+from clevagent import hookimpl
+
+class Plugin:
+    @hookimpl
+    def clevagent_attachable(self):
+        return {"robots": "robot_framework_of_nobody"}
+"""
 BAD = "raise RuntimeError('[bold]no engine[/bold]')"
 
 
@@ -66,6 +74,15 @@ def row_of(output, name):
 
 def test_version_is_printed(invoke):
     assert invoke("--version").output == f"clevagent {clevagent.__version__}\n"
+
+
+def test_python_m_clevagent_is_the_command():
+    """Also where the folder of scripts is not on the path; its help says how it was called."""
+    command = [sys.executable, "-m", "clevagent"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"clevagent {clevagent.__version__}\n", "")
+    done = subprocess.run([*command, "plugins", "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("Usage: python -m clevagent plugins [OPTIONS]\n")
 
 
 def test_help_lists_the_commands(invoke):
@@ -131,5 +148,74 @@ def test_plugins_with_a_wrong_setting_says_so_and_has_the_exit_code_2(invoke):
     assert "Traceback" not in result.output
 
 
-def test_plugins_fits_80_columns(invoke):
-    assert max(map(len, invoke("plugins", COLUMNS="80").output.splitlines())) <= 80
+FRAMEWORKS = {
+    "anthropic": "anthropic",
+    "crewai": "crewai",
+    "langchain": "langchain_core",
+    "langgraph": "langgraph",
+    "openai": "openai",
+}
+"""What each adapter of ours needs."""
+
+
+@pytest.fixture
+def uninstall(monkeypatch):
+    """Let a package be found no more, as if it were not installed."""
+
+    def uninstall(package):
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return uninstall
+
+
+@pytest.mark.parametrize("name", sorted(FRAMEWORKS))
+def test_plugins_says_which_framework_is_not_installed_and_how_to_install_it(invoke, uninstall, name):
+    for package in FRAMEWORKS.values():
+        uninstall(package)
+    result = invoke("plugins", COLUMNS="200")
+    assert result.exit_code == 0
+    expected = f"{name} clevagent not installed needs {FRAMEWORKS[name]}, which the extra clevagent[{name}] adds"
+    assert " ".join(row_of(result.output, name)) == expected
+    assert 'pip install ".[anthropic,crewai,langchain,langgraph,openai]"' in result.output
+
+
+def test_plugins_imports_no_framework():
+    code = (
+        "import sys; from clevagent.cli import main; main(['plugins'], standalone_mode=False); "
+        f"print([name for name in {list(FRAMEWORKS.values())!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_plugins_says_nothing_of_installing_where_nothing_is_missing(invoke, uninstall):
+    uninstall("crewai")
+    others = " ".join(name for name in FRAMEWORKS if name != "crewai")
+    assert 'pip install ".[crewai]"' in invoke("plugins").output
+    assert "pip install" not in invoke("plugins", CLEVAGENT_BLOCK="crewai").output
+    assert row_of(invoke("plugins", CLEVAGENT_BLOCK=others).output, "crewai")[2:4] == ["not", "installed"]
+
+
+def test_the_plugin_of_somebody_elses_framework_waits_for_it_too(invoke, install, tmp_path):
+    """By the same hook; its extra is named where it has one."""
+    install("robots", "cli_test_good", WAITS)
+    expected = "robots robots-dist not installed needs robot_framework_of_nobody"
+    assert " ".join(row_of(invoke("plugins", COLUMNS="200").output, "robots")) == expected
+    with (tmp_path / "robots_dist-1.0.dist-info" / "METADATA").open("a") as metadata:
+        metadata.write("Provides-Extra: robots\n")
+    result = invoke("plugins", COLUMNS="200")
+    assert " ".join(row_of(result.output, "robots")) == f"{expected}, which the extra robots-dist[robots] adds"
+    assert 'robots]"' not in result.output  # our repository does not have it
+    (tmp_path / "robot_framework_of_nobody.py").write_text("raise AssertionError('imported')")
+    assert row_of(invoke("plugins", COLUMNS="200").output, "robots")[2] == "loaded"
+
+
+def test_plugins_fits_80_columns(invoke, uninstall):
+    uninstall("crewai")
+    output = invoke("plugins", COLUMNS="80").output
+    assert max(map(len, output.splitlines())) <= 80
+    assert "needs crewai, which the extra clevagent[crewai] adds" in " ".join(
+        line[-24:].strip() for line in output.splitlines() if line[:1] in {"c", " "}
+    )

@@ -525,7 +525,7 @@ def test_wrong_amounts_are_told_and_change_nothing(invoke, watch):
             "Error: --usd='99999999' is more than a ledger can hold ($9,223,372). Give a smaller amount.",
             "Error: --llm-calls 0 adds nothing, so nothing was changed. Give an amount above 0.",
             "Error: --llm-calls -3 adds nothing, so nothing was changed. Give an amount above 0.",
-            "Usage: main ledger top-up [OPTIONS] BUDGET Try 'main ledger top-up --help' for help. Error: Invalid value for '--llm-calls': '1.5' is not a valid integer.",
+            "Usage: main ledger top-up [OPTIONS] [LEDGER] BUDGET Try 'main ledger top-up --help' for help. Error: Invalid value for '--llm-calls': '1.5' is not a valid integer.",
             "Error: The ceiling of 'b' would be more than a ledger can hold (64 bits: $9,223,372, or 9,223,372,036,854,775,807 tokens or calls), so nothing was changed. Give a smaller amount.",
             "Error: The ceiling of 'b' would be more than a ledger can hold (64 bits: $9,223,372, or 9,223,372,036,854,775,807 tokens or calls), so nothing was changed. Give a smaller amount.",
             "Error: No open account of the budget 'b' with a limit in tokens is in the ledger, so nothing was changed. It has: 'all' in usd, 'all' in llm_calls.",
@@ -638,7 +638,7 @@ def test_without_a_file_to_look_at_each_command_says_how_to_name_one(invoke, com
         "Error: No ledger was named, so there is nothing to look at. Give --ledger sqlite:///path, or set CLEVAGENT_LEDGER. (Accounts in memory end with their process and cannot be seen from outside.)"
     )
     assert complaint(invoke(*command, ledger="memory")) == snapshot(
-        "Error: 'memory' is no file, so there is nothing to look at. Give --ledger sqlite:///path, or set CLEVAGENT_LEDGER. (Accounts in memory end with their process and cannot be seen from outside.)"
+        "Error: 'memory' is not a file, so there is nothing to look at. Give --ledger sqlite:///path, or set CLEVAGENT_LEDGER. (Accounts in memory end with their process and cannot be seen from outside.)"
     )
 
 
@@ -672,6 +672,75 @@ def test_the_ledger_of_the_environment_is_used_and_the_option_goes_before_it(inv
     assert shown(invoke("show", ledger=None, CLEVAGENT_LEDGER=url)) == shown(invoke("show"))
     assert shown(invoke("show", CLEVAGENT_LEDGER="sqlite:///no-such-file.db")) == shown(invoke("show"))
     assert "no-such-file" in complaint(invoke("show", ledger=None, CLEVAGENT_LEDGER="sqlite:///no-such-file.db"))
+
+
+def ways(name, *rest):
+    """Every way to name the ledger of one command."""
+    ledger = "ledger.db"
+    return [
+        pytest.param(["--ledger", ledger, name, *rest], id=f"{name}-before"),
+        pytest.param([name, "--ledger", ledger, *rest], id=f"{name}-after"),
+        pytest.param([name, *rest, f"--ledger={ledger}"], id=f"{name}-at-the-end"),
+        pytest.param([name, ledger, *rest], id=f"{name}-argument"),
+        pytest.param(
+            ["--ledger", f"sqlite:///{ledger}", name, ledger, *rest, "--ledger", f"./{ledger}"], id=f"{name}-thrice-the-same"
+        ),
+    ]
+
+
+@pytest.mark.parametrize("arguments", [*ways("show", "--json"), *ways("top-up", "b", "--usd", "1"), *ways("reset", "b", "--yes")])
+def test_the_ledger_is_named_before_or_after_the_command_or_as_its_argument(invoke, watch, arguments):
+    """What the command line says goes before the environment."""
+    spend(watch(Budget(usd=1, per="day", name="b")).current_run(), 1)
+    result = invoke(*arguments, ledger=None, CLEVAGENT_LEDGER="no-such-file.db")
+    assert result.exit_code == 0, result.output
+    (account,) = json.loads(invoke("show", "--json").output)["accounts"]
+    expected = {"show": (0.01, 1.0), "top-up": (0.01, 2.0), "reset": (0.0, 1.0)}
+    (command,) = expected.keys() & set(arguments)
+    assert (account["spent"], account["ceiling"]) == expected[command]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ledger", "ledger.db", "show", "--ledger", "other.db"],
+        ["--ledger", "ledger.db", "show", "other.db"],
+        ["show", "other.db", "--ledger", "ledger.db"],
+        ["--ledger", "ledger.db", "top-up", "b", "--usd", "1", "--ledger", "other.db"],
+        ["top-up", "other.db", "b", "--usd", "1", "--ledger", "ledger.db"],
+        ["--ledger", "ledger.db", "reset", "b", "--yes", "--ledger", "other.db"],
+        ["reset", "other.db", "b", "--yes", "--ledger", "ledger.db"],
+    ],
+    ids=" ".join,
+)
+def test_two_different_ledgers_are_refused_and_neither_is_changed(invoke, watch, path, arguments):
+    for name in ("ledger.db", "other.db"):
+        spend(watch(Budget(usd=1, per="day", name="b"), ledger=str(path.parent / name)).current_run(), 1)
+    assert complaint(invoke(*arguments, ledger=None)) == snapshot(
+        "Error: Two different ledgers were named, 'ledger.db' and 'other.db'; nothing was changed. Give one of them."
+    )
+    for name in ("ledger.db", "other.db"):
+        (account,) = json.loads(invoke("show", "--json", ledger=name).output)["accounts"]
+        assert (account["spent"], account["ceiling"]) == (0.01, 1.0)
+
+
+def test_a_file_without_a_suffix_is_found_by_its_bare_name(invoke, watch, path):
+    spend(watch(Budget(usd=1, per="day", name="daily"), ledger=f"sqlite:///{path.parent / 'accounts'}").current_run(), 1)
+    assert "daily" in shown(invoke("show", "accounts", ledger=None))
+    assert "'account' is not a file" in complaint(invoke("show", "account", ledger=None))
+
+
+@pytest.mark.parametrize("command", ["top-up", "reset"])
+def test_one_argument_is_the_budget_and_more_than_two_are_refused(invoke, watch, command):
+    """A name with spaces that was not quoted changes nothing."""
+    spend(watch(Budget(usd=1, per="day", name="b")).current_run(), 1)
+    assert "Missing argument 'BUDGET'" in complaint(invoke(command))
+    assert "No open account of the budget 'ledger.db'" in complaint(
+        invoke(command, "ledger.db", *(["--usd", "1"] * (command == "top-up")))
+    )
+    assert complaint(invoke(command, "tokens", "a", "month")).endswith(
+        "Error: Got 3 arguments, where [LEDGER] BUDGET are at most two: tokens a month"
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["show"], ["top-up"], ["reset"]], ids=["ledger", "show", "top-up", "reset"])

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 import uuid
 from pathlib import Path
 
@@ -764,6 +765,59 @@ def test_a_plugin_that_cannot_tell_what_it_attaches_to_is_passed_over(make, modu
     importlib.import_module(module)
     assert plugin.attached == [watchdog]
     assert "could not tell what it attaches to" in caplog.text
+
+
+def state_of(watchdog, plugin):
+    (state,) = [state for state in watchdog.plugins.states() if state.name.endswith(type(plugin).__name__)]
+    return state.status, state.detail
+
+
+def test_a_plugin_whose_framework_cannot_be_found_is_not_installed(make, module):
+    plugin = Attaches("framework_of_nobody.core")
+    assert state_of(make(plugins=[plugin]), plugin) == ("not installed", "needs framework_of_nobody")
+    plugin = Attaches(module)
+    assert state_of(make(plugins=[plugin]), plugin) == ("loaded", "clevagent_attach, clevagent_attachable")
+    assert module not in sys.modules
+
+
+def test_a_module_inside_a_package_is_looked_for_without_importing_the_package(make, tmp_path, monkeypatch):
+    """Several distributions may share a package: that it is there says nothing."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / f"framework_{uuid.uuid4().hex}"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    plugin = Attaches(f"{package.name}.core")
+    watchdog = make(plugins=[plugin])
+    assert state_of(watchdog, plugin) == ("not installed", f"needs {package.name}")
+    (package / "core.py").write_text("raise AssertionError('imported')")
+    importlib.invalidate_caches()
+    assert state_of(watchdog, plugin)[0] == "loaded"
+    plugin.name = f"{package.name}.core.inside"
+    assert state_of(watchdog, plugin)[0] == "not installed"
+
+
+def test_a_module_that_was_made_by_hand_counts_as_installed(make, module, monkeypatch):
+    made = types.ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, made)
+    plugin = Attaches(module)
+    assert state_of(make(plugins=[plugin]), plugin)[0] == "loaded"
+    plugin.name = f"{module}.inside"
+    assert state_of(make(plugins=[plugin]), plugin)[0] == "not installed"
+
+
+def test_one_framework_of_several_is_enough(make, module):
+    class Both(Attaches):
+        @hookimpl
+        def clevagent_attachable(self):
+            return {"nobodys": "framework_of_nobody", "mine": self.name}
+
+    plugin = Both(module)
+    assert state_of(make(plugins=[plugin]), plugin)[0] == "loaded"
+    plugin.name = "framework_of_nobody_else"
+    assert state_of(make(plugins=[plugin]), plugin) == (
+        "not installed",
+        "needs framework_of_nobody; or needs framework_of_nobody_else",
+    )
 
 
 # -- guards of one run ------------------------------------------------------------------------------------------------------

@@ -80,9 +80,9 @@ def test_shell_blocks_name_what_exists():
         if command[0] == "make":
             assert command[1] in targets, line
         elif command[:2] == ["pip", "install"]:
-            extras = re.fullmatch(r'"\.\[([\w,]+)\]"', command[2])
-            assert extras is not None, f"nobody is sent to a package index: {line}"
-            assert set(extras[1].split(",")) <= project["optional-dependencies"].keys(), line
+            where = re.fullmatch(r'"\.\[([\w,]+)\]"|\.', command[2])
+            assert where is not None, f"nobody is sent to a package index: {line}"
+            assert set((where[1] or "all").split(",")) <= project["optional-dependencies"].keys(), line
         else:
             assert command[0] == "clevagent", line
             assert command[1] in main.commands, line

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import runpy
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,9 @@ def play(monkeypatch, capsys):
             runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
         finally:
             sys.modules.pop("offline", None)
+        # An example leaves its clients to the end of its process: here, and not to the collector in the middle of another test.
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()
         printed = re.sub(r"\b[0-9a-f]{32}\b", "RUN-ID", capsys.readouterr().out)
         return re.sub(r"started .*, ended after .* s", "started THEN, ended after A WHILE", printed)
 

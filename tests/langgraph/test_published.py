@@ -68,3 +68,13 @@ def test_a_block_inside_a_node_is_told_under_its_name():
         with pytest.raises(BudgetExceeded):
             two_nodes(research, lambda _: {}).invoke({})
     assert {name: spend.calls for name, spend in run.summary().by_node.items()} == {"research": 1}
+
+
+def test_attaching_to_langgraph_is_attaching_to_langchain(provider, chat):
+    """Graphs call models through LangChain's callback managers; one handler hears them."""
+    clevagent.init(attach=["langgraph", "langchain"], budgets=[Budget(llm_calls=1, per="lifetime")])
+    graph = two_nodes(lambda _: {"done": len(chat().invoke("Hello").text)}, lambda _: {"done": len(chat().invoke("Hello").text)})
+    with clevagent.run() as run, pytest.raises(BudgetExceeded):
+        graph.invoke({})
+    assert provider.request_count == 1
+    assert (run.summary().total.calls, run.summary().refusals) == (1, 1)
