@@ -333,11 +333,14 @@ class Run:
         if self.ended_at is not None:
             return self.summary()
         self.ended_at = self.watchdog.clock.wall()
-        for ticket in list(self.root.open_work):
-            if isinstance(ticket, Ticket) and ticket.run is self:
-                ticket.charge()
+        for work in list(self.root.open_work):
+            if isinstance(work, Ticket) and work.run is self and work.is_held:
+                work.charge()
         if self.parent is None:
-            self.open_work.clear()
+            # The calls of a nested run that outlives this one are charged when that one ends.
+            for work in list(self.open_work):
+                if not isinstance(work, Ticket) or work.run is self:
+                    self.open_work.pop(work, None)
         if self.pid == os.getpid() and not self.resumable:  # else a copy in a forked child: the run goes on in its parent
             self.watchdog.ledger.forget(list(self.accounts.values()))
         try:

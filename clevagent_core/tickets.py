@@ -156,6 +156,11 @@ class Ticket:
         return self._status == "open"
 
     @property
+    def is_held(self) -> bool:
+        """Whether a guard holds something for the call; where none does, its usage may still come in after its run."""
+        return bool(self._reservations)
+
+    @property
     def is_clamped(self) -> bool:
         """Whether the output limit was lowered to what is left."""
         call = self.call
