@@ -35,7 +35,7 @@ COMPLETION = {
     "usage": {"prompt_tokens": 200, "completion_tokens": 100, "total_tokens": 300},
 }  # fmt: skip
 MESSAGE = {
-    "id": "m", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5", "stop_reason": "end_turn", "stop_sequence": None,
+    "id": "m", "type": "message", "role": "assistant", "model": "claude-sonnet-4-6", "stop_reason": "end_turn", "stop_sequence": None,
     "content": [{"type": "text", "text": "Hello there"}], "usage": {"input_tokens": 200, "output_tokens": 100},
 }  # fmt: skip
 CHUNK = {
@@ -96,7 +96,7 @@ def main() -> None:
     short = [{"role": "user", "content": "x" * 180}]
     long = [{"role": ("user", "assistant")[i % 2], "content": f"{i} " + "x" * 180} for i in range(51)]
     ask = {"model": "gpt-4o", "max_tokens": 100}
-    claude_asks = {"model": "claude-sonnet-4-5", "max_tokens": 100}
+    claude_asks = {"model": "claude-sonnet-4-6", "max_tokens": 100}
     measure("OpenAI, chat.completions.create", chat, lambda c: c.chat.completions.create(messages=short, **ask))
     measure("OpenAI, the same with a history of 51 messages", chat, lambda c: c.chat.completions.create(messages=long, **ask))
     stream = {**ask, "stream": True, "stream_options": {"include_usage": True}}

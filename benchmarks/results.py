@@ -1,9 +1,10 @@
 """The results of the benchmarks, collected and written down.
 
-    python -m benchmarks.results            # benchmarks/RESULTS.md, from whatever was measured
+    python -m benchmarks.results            # what was measured, into benchmarks/RESULTS.md
     python -m benchmarks.results --readme   # and the tables of README.md that stand between markers
 
-Each benchmark calls :func:`contribute`, which leaves its tables as JSON in ``benchmarks/.results`` (not in version control).
+Each benchmark calls :func:`contribute`, which leaves its tables as JSON in ``benchmarks/.results`` (not in version control). What was
+not measured this time stays in RESULTS.md as it was; each table says when it was measured, and on what.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,6 +30,7 @@ ORDER = (
     "peer_costs",
     "peer_signs",
     "ceilings",
+    "instructions",
     "hot_paths_langchain",
     "hot_paths_core",
     "graphs",
@@ -119,19 +121,37 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def document(contributions: Sequence[Contribution]) -> str:
-    """Write the whole of RESULTS.md."""
-    return "\n".join([INTRODUCTION, *(part for found in contributions for part in _parts(found))])
+def document(contributions: Sequence[Contribution], before: str = "") -> str:
+    """Write RESULTS.md: what was measured now, and whatever else stands in ``before``."""
+    now = {section.title: _text(section, found) for found in contributions for section in found.sections}
+    kept = {title: text for title, text in _split(before).items() if title not in now}
+    # New tables come in their order; one that was measured again keeps its place.
+    titles = list(_split(before)) if kept else []
+    titles += [title for title in now if title not in titles]
+    return "\n".join([INTRODUCTION, *({**kept, **now}[title] for title in titles)])
 
 
-def _parts(found: Contribution) -> Iterator[str]:
+def _text(section: Section, found: Contribution) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    for section in found.sections:
-        yield f"## {section.title}\n"
-        yield table(section) + "\n"
-        if section.note:
-            yield section.note.strip() + "\n"
-        yield f"Measured on {found.date}: {found.machine}; {versions}.\n"
+    parts = [f"## {section.title}", table(section), section.note.strip(), f"Measured on {found.date}: {found.machine}; {versions}."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _split(text: str) -> dict[str, str]:
+    """Take RESULTS.md apart: the text of each table, by its title."""
+    _, *parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    return {part.partition("\n")[0].removeprefix("## "): part.rstrip("\n") + "\n" for part in parts}
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """Read the tables of RESULTS.md: the cells of each row, by title."""
+    return {
+        title: [_cells(line) for line in part.splitlines() if line.startswith("| ")][1:] for title, part in _split(text).items()
+    }
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def between_markers(text: str, section: Section) -> str:
@@ -155,7 +175,8 @@ def main(arguments: Sequence[str]) -> int:
     if not found:
         print("Nothing was measured yet: run `make bench` or `make bench-peers` first.", file=sys.stderr)
         return 1
-    RESULTS.write_text(document(found), encoding="utf-8")
+    before = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+    RESULTS.write_text(document(found, before), encoding="utf-8")
     if "--readme" in arguments:
         text = README.read_text(encoding="utf-8")
         for section in (section for contribution in found for section in contribution.sections if section.marker):

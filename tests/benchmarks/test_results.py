@@ -43,6 +43,22 @@ def test_the_readme_changes_only_between_its_markers(results: ModuleType) -> Non
         )
 
 
+def test_what_was_not_measured_again_stays(results: ModuleType) -> None:
+    """On a clone where only one benchmark was run, the tables of the others are kept, in their places."""
+    results.contribute("a", [results.Section(title=title, header=["", "x"], rows=[["a", "1"]]) for title in ("One", "Two")])
+    assert results.main([]) == 0
+    (results.FOLDER / "a.json").unlink()
+    new = [results.Section(title=title, header=["", "x"], rows=[["a", "2"], ["b", "3"]]) for title in ("Three", "One")]
+    results.contribute("b", new)
+    assert results.main([]) == 0
+    found = results.tables(results.RESULTS.read_text(encoding="utf-8"))
+    assert found == {"One": [["a", "2"], ["b", "3"]], "Two": [["a", "1"]], "Three": [["a", "2"], ["b", "3"]]}
+    assert list(found) == ["One", "Two", "Three"]
+    text = results.RESULTS.read_text(encoding="utf-8")
+    assert results.main([]) == 0
+    assert results.RESULTS.read_text(encoding="utf-8") == text
+
+
 def test_a_readme_without_the_place_is_refused(results: ModuleType) -> None:
     """Rather than leaving old figures standing."""
     section = results.Section(title="T", header=["", "x"], rows=[["a", "1"]], marker="overshoot")
