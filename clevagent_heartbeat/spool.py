@@ -12,6 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ class Spool:
         self._boot_id = boot_id
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
+        self._finalizer: weakref.finalize[[], Spool] | None = None
+        """Closes the connection of a spool that is dropped without ``close``."""
         self._lock = threading.RLock()
         self._has_told = False
 
@@ -94,6 +97,8 @@ class Spool:
         with self._lock, contextlib.suppress(sqlite3.Error):
             if self._connection is not None:
                 self._connection.close()
+            if self._finalizer is not None:
+                self._finalizer.detach()
             self._connection = None
 
     def after_fork(self, boot_id: str) -> None:
@@ -101,6 +106,8 @@ class Spool:
         self._lock = threading.RLock()
         if self._connection is not None:
             _of_parents.append(self._connection)
+        if self._finalizer is not None:
+            self._finalizer.detach()
         self._connection = None
         self._boot_id = boot_id
 
@@ -143,6 +150,8 @@ class Spool:
                 yield None
                 return
             self._connection = self._open()
+            self._finalizer = weakref.finalize(self, self._connection.close)
+            self._finalizer.atexit = False
         with self._connection:
             yield self._connection
 

@@ -65,6 +65,8 @@ class Database:
         """Device and inode of the file that is open; another one means that it was deleted and made anew."""
         self._migrations = migrations
         self._connection: sqlite3.Connection | None = None
+        self._finalizer: weakref.finalize[[], Database] | None = None
+        """Closes the connection of a database that is dropped without ``close``; ``__del__`` could run after the connection's own."""
         self._execute: Execute
         self._commits = 0
         self._later: list[Callable[[], object]] = []
@@ -158,6 +160,8 @@ class Database:
                 # The last one to close makes a checkpoint, which can fail like every write; the log is then kept for the next.
                 with suppress(sqlite3.Error):
                     connection.close()
+            if self._finalizer is not None:
+                self._finalizer.detach()
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
@@ -183,6 +187,8 @@ class Database:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
                 self._connection = connect(self.path)
+                self._finalizer = weakref.finalize(self, self._connection.close)
+                self._finalizer.atexit = False  # a daemon thread may still use it
                 self._execute = self._connection.cursor().execute
                 self._migrate(self._connection)
                 self.identity = self._identity_now()

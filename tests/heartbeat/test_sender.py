@@ -393,6 +393,15 @@ def test_the_spool_gives_back_what_was_put_in_that_order(path):
     spool.close()
 
 
+def test_a_spool_that_is_dropped_closes_its_connection(path):
+    spool = spool_at(path)
+    spool.put([beat(1)])
+    connection = spool._connection
+    del spool
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
+
+
 def test_a_full_spool_lets_the_oldest_go_and_tells_how_many(path):
     spool = spool_at(path)
     assert spool.put([beat(seq) for seq in range(1, MOST_ROWS + 1)]) == 0

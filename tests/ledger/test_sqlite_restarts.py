@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sqlite3
 import stat
 import threading
 from datetime import UTC, datetime
@@ -390,3 +391,14 @@ def test_many_runs_leave_nothing_in_memory_and_no_more_than_an_hour_of_them_in_t
     assert not ledger._over
     rows = ledger._database.read("SELECT count(*) FROM account")[0][0]
     assert rows <= 2 * (3600 + 60) / 30 + 2
+
+
+def test_a_ledger_that_is_dropped_closes_its_connection(path) -> None:
+    """Also in a cycle, where the connection's own finalizer, which warns from CPython 3.13 on, may come first."""
+    ledger: Any = SqliteLedger(path, FakeClock())
+    connection = ledger._database._connection
+    ledger.me = ledger
+    del ledger
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
