@@ -202,7 +202,7 @@ class SqliteLedger:
             ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
             is_usual = not wrap_up and all(line.enforced and not line.account.closed for line in lines)
             with database.transaction() as execute:
-                if not (is_usual and execute(reserve_sql(len(ids)), (*amounts, *ids)).rowcount == len(ids)):
+                if not (is_usual and execute(reserve_sql(len(ids)), (*amounts, *ids, *amounts, *amounts)).rowcount == len(ids)):
                     if is_usual:
                         # Some of them were held; this one goes the long way.
                         execute("ROLLBACK")
@@ -301,7 +301,7 @@ class SqliteLedger:
         """See :meth:`Ledger.remember`."""
         with self._database.transaction() as execute:
             execute(REMEMBER, (self._agent, series, wall, min(value, MOST)))
-            execute(FORGET_SAMPLES, (self._agent, series, KEPT))
+            execute(FORGET_SAMPLES, (self._agent, series, self._agent, series, KEPT))
 
     def samples(self, series: str) -> list[int]:
         """See :meth:`Ledger.samples`."""

@@ -40,8 +40,8 @@ process's own."""
 MOST = 2**63 - 1
 """What a provider that is broken may report at most: SQLite's integers end there, and so do budgets."""
 _ROW = "id, ceiling, keep, spent, held, latched, told, warned"
-_AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1}" for unit in range(len(UNITS))) + " END"
-_SPENT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?{unit + 1 + len(UNITS)}" for unit in range(len(UNITS))) + " END"
+# Without numbers, even where a value stands several times: CPython before 3.12.4 takes ?1 for a name, and warns of each use.
+_AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?" for unit in range(len(UNITS))) + " END"
 FIND = "SELECT id, granted, keep, owner FROM account WHERE budget = ? AND unit = ? AND key = ? AND window = ? AND over_at IS NULL"
 INSERT_ACCOUNT = (
     "INSERT INTO account (budget, unit, key, window, granted, ceiling, keep, warn_mark, opened_at, ends_at, owner) "
@@ -52,8 +52,8 @@ INSERT_HOLD = "INSERT INTO hold VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 REMEMBER = "INSERT INTO sample (agent, series, at, value) VALUES (?, ?, ?, ?)"
 SAMPLES = "SELECT value FROM sample WHERE agent = ? AND series = ? ORDER BY id DESC LIMIT ?"
 FORGET_SAMPLES = (
-    "DELETE FROM sample WHERE agent = ?1 AND series = ?2 AND id <= "
-    "(SELECT id FROM sample WHERE agent = ?1 AND series = ?2 ORDER BY id DESC LIMIT 1 OFFSET ?3)"
+    "DELETE FROM sample WHERE agent = ? AND series = ? AND id <= "
+    "(SELECT id FROM sample WHERE agent = ? AND series = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"
 )
 TOP_UP = "UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?"
 # What was topped up stays on top; a ceiling that was raised opens the latch as a top-up does.
@@ -69,9 +69,12 @@ EVICT = (
 
 @cache
 def reserve_sql(count: int) -> str:
-    """Hold amounts (one for each unit), on as many of ``count`` accounts as have room: on fewer, and the call does not fit."""
+    """Hold amounts (one for each unit), on as many of ``count`` accounts as have room: on fewer, and the call does not fit.
+
+    Takes the amounts, the ids, and the amounts twice more.
+    """
     return (
-        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count, len(UNITS))}) AND latched = 0 "
+        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count)}) AND latched = 0 "
         f"AND ({_AMOUNT} = 0 OR spent + held + {_AMOUNT} <= ceiling - keep)"
     )
 
@@ -82,16 +85,15 @@ def settle_sql(count: int) -> str:
     # Not below zero, where an operator has reset the account meanwhile.
     # Not with RETURNING, which takes four times as long as a second statement that reads.
     return (
-        f"UPDATE account SET held = held - {_AMOUNT}, spent = max(0, min(spent + {_SPENT}, {MOST})) "
-        f"WHERE id IN ({_places(count, 2 * len(UNITS))})"
+        f"UPDATE account SET held = held - {_AMOUNT}, spent = max(0, min(spent + {_AMOUNT}, {MOST})) WHERE id IN ({_places(count)})"
     )
 
 
 @cache
 def select_sql(count: int) -> str:
     """Read ``count`` accounts."""
-    return f"SELECT {_ROW} FROM account WHERE id IN ({_places(count, 0)})"
+    return f"SELECT {_ROW} FROM account WHERE id IN ({_places(count)})"
 
 
-def _places(count: int, after: int) -> str:
-    return ", ".join(f"?{after + number}" for number in range(1, count + 1))
+def _places(count: int) -> str:
+    return ", ".join("?" * count)
