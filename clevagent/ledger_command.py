@@ -44,8 +44,9 @@ def ledger_command(context: click.Context, option: str | None) -> None:
 def show_command(before: str | None, *, ledger: str | None, option: str | None, with_over: bool, as_json: bool) -> None:
     """Show what each budget has spent and holds, and who uses the file."""
     with _opened(before, option, ledger) as opened:
-        records = [record for record in opened.accounts(time.time()) if with_over or not record.is_over]
+        everything = list(opened.accounts(time.time()))
         owners = opened.owners()
+    records = [record for record in everything if with_over or not record.is_over]
     if as_json:
         click.echo(json.dumps({"accounts": [_plain(record) for record in records], "processes": list(map(_plain_owner, owners))}))
         return

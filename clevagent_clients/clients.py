@@ -564,9 +564,7 @@ class Clients:
             if self._layers:
                 return
             for (client_class, name), (original, ours) in self._replaced.items():
-                # Whoever has wrapped it since calls ours, which asks nobody any more.
-                if client_class.__dict__.get(name) is ours:
-                    setattr(client_class, name, original)
+                _restore(client_class, name, original, ours)
             self._replaced.clear()
 
     def _replace(self, client_class: type[Any], name: str, wrap: Callable[[Any], Any]) -> None:
@@ -578,3 +576,9 @@ class Clients:
         ours = wrap(found)
         self._replaced[client_class, name] = found, ours
         setattr(client_class, name, ours)
+
+
+def _restore(client_class: type[Any], name: str, original: Any, ours: Any) -> None:
+    # Whoever has wrapped it since calls ours, which asks nobody any more.
+    if client_class.__dict__.get(name) is ours:
+        setattr(client_class, name, original)

@@ -150,9 +150,7 @@ def _tapped(base: type[Any]) -> type[Any]:
         meters = _meters(self)
         try:
             for chunk in base.iter_bytes(self, chunk_size):
-                shown = _feed(meters, chunk)
-                if shown:
-                    yield shown
+                yield from _feed(meters, chunk)
         except BaseException as error:
             _end(meters, error)
             raise
@@ -164,8 +162,7 @@ def _tapped(base: type[Any]) -> type[Any]:
         meters = _meters(self)
         try:
             async for chunk in base.aiter_bytes(self, chunk_size):
-                shown = _feed(meters, chunk)
-                if shown:
+                for shown in _feed(meters, chunk):
                     yield shown
         except BaseException as error:
             _end(meters, error)
@@ -204,10 +201,11 @@ def _meters(response: Any) -> tuple[Meter, ...]:
     return cast("tuple[Meter, ...]", response.__dict__.get(_METERS, ()))
 
 
-def _feed(meters: tuple[Meter, ...], chunk: bytes) -> bytes:
+def _feed(meters: tuple[Meter, ...], chunk: bytes) -> tuple[bytes, ...]:
+    """Return what is left to see of a chunk; nothing, rather than an empty one."""
     for meter in meters:
         chunk = meter.feed(chunk)
-    return chunk
+    return (chunk,) if chunk else ()
 
 
 def _rest(meters: tuple[Meter, ...]) -> bytes:

@@ -473,7 +473,7 @@ class Run:
         event = ReentrantEvent()
         answer: Ticket | Stop = stop
         with self._listening(event.set):
-            while isinstance(answer, Stop) and answer.incident.kind in _PASSING:
+            while True:
                 event.clear()
                 answer = self._try(call, extra)
                 left = self._patience(answer, deadline)
@@ -496,7 +496,7 @@ class Run:
 
         answer: Ticket | Stop = stop
         with self._listening(wake):
-            while isinstance(answer, Stop) and answer.incident.kind in _PASSING:
+            while True:
                 event.clear()
                 answer = self._try(call, extra)
                 left = self._patience(answer, deadline)

@@ -245,8 +245,8 @@ class Watchdog:
         if run is not None or not self._active:
             return run
         with self._lock:
-            blocks = [run for run, is_block in self._active.items() if is_block]
-        return _around_all(blocks)
+            active = list(self._active.items())
+        return _around_all([run for run, is_block in active if is_block])
 
     def start_run(
         self,

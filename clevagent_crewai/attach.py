@@ -43,9 +43,7 @@ def attach(watchdog: Watchdog) -> None:
         watch_work()
         for cls, names in _ENTRIES:
             for name in names:
-                method = getattr(cls, name, None)
-                if method is not None and not hasattr(method, "_clevagent_original"):
-                    _patch(cls, name, method)
+                _patch(cls, name)
 
 
 def detach(watchdog: Watchdog) -> None:
@@ -66,7 +64,10 @@ def detach(watchdog: Watchdog) -> None:
             unwatch_work()
 
 
-def _patch(cls: type[Any], name: str, method: Any) -> None:
+def _patch(cls: type[Any], name: str) -> None:
+    method = getattr(cls, name, None)
+    if method is None or hasattr(method, "_clevagent_original"):
+        return
     wrapper = entry(name, method)
     vars(wrapper).update(_clevagent_original=method, _clevagent_is_own=name in cls.__dict__)
     setattr(cls, name, wrapper)

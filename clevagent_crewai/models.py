@@ -250,11 +250,15 @@ def uninstall() -> None:
         unwatch_instructors()
         for cls in _classes(cast("Any", BaseLLM)):
             for name in ("call", "acall"):
-                method = cls.__dict__.get(name)
-                # Not where somebody else has wrapped it since: then it stays, and passes through.
-                original = method.__dict__.get("_clevagent_original") if method is not None else None
-                if original is not None:
-                    setattr(cls, name, original)
+                _restore(cls, name)
+
+
+def _restore(cls: type[Any], name: str) -> None:
+    method = cls.__dict__.get(name)
+    # Not where somebody else has wrapped it since: then it stays, and passes through.
+    original = method.__dict__.get("_clevagent_original") if method is not None else None
+    if original is not None:
+        setattr(cls, name, original)
 
 
 def is_installed() -> bool:

@@ -185,8 +185,8 @@ def works(model: object | None = None) -> Iterator[Work]:
     work = _innermost.get()
     if work is None and model is not None and _going_on:
         with _lock:
-            known = [other for other in _going_on if id(model) in other._models]  # noqa: SLF001 - the same module
-        work = _whose(known)
+            going_on = list(_going_on)
+        work = _whose([other for other in going_on if id(model) in other._models])  # noqa: SLF001 - the same module
     while work is not None:
         yield work
         work = work.outer

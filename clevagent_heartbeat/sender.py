@@ -281,9 +281,12 @@ class Sender:
         with self._lock:
             self.dropped += gone
             for beat in queued:
-                # Not there any more where so many have come meanwhile that it was dropped.
-                if self._queue and self._queue[0] is beat:
-                    self._queue.popleft()
+                self._take_out(beat)
+
+    def _take_out(self, beat: Beat) -> None:
+        # Not there any more where so many have come meanwhile that it was dropped.
+        if self._queue and self._queue[0] is beat:
+            self._queue.popleft()
 
     def _keep(self, rest: Sequence[Beat]) -> Leftover:
         if not rest:

@@ -24,6 +24,11 @@ class _Slot:
         self.watchdog: Watchdog | None = None
         self.handler: ClevAgentCallbackHandler | None = None
 
+    def let_go(self, watchdog: Watchdog) -> None:
+        """Add no handler of ``watchdog`` any more."""
+        if self.watchdog is watchdog:
+            self.watchdog = self.handler = None
+
     def get(self) -> ClevAgentCallbackHandler | None:
         """Give the handler to add."""
         watchdog = self.watchdog
@@ -54,5 +59,4 @@ def detach(watchdog: Watchdog) -> None:
     """Stop adding handlers of ``watchdog``."""
     with _lock:
         for slot in _slots:
-            if slot.watchdog is watchdog:
-                slot.watchdog = slot.handler = None
+            slot.let_go(watchdog)

@@ -160,7 +160,11 @@ class Invocations:
             self._resumable[key] = invocation
             if len(self._resumable) > _RESUMABLE:
                 # Those that are running are not dropped: a run that is ended forgets what it has spent.
-                idle = [one for one, other in self._resumable.items() if other.seat is None or other.seat() is None]
+                idle = _idle(self._resumable)
                 dropped = [self._resumable.pop(one) for one in idle[: len(self._resumable) - _RESUMABLE]]
         for other in dropped:
             other.end()
+
+
+def _idle(resumable: Mapping[str, Invocation]) -> list[str]:
+    return [key for key, invocation in resumable.items() if invocation.seat is None or invocation.seat() is None]

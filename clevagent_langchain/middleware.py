@@ -152,7 +152,9 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
         request = request.override(model=self._guarded(request.model))
         attempt = request
         with inside(invocation.run):
-            while invocation.ending is None:
+            while True:
+                if invocation.ending is not None:
+                    break
                 try:
                     return self._answered(request, seat, handler(attempt))
                 except Stopped as stop:
@@ -175,7 +177,9 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
         request = request.override(model=self._guarded(request.model))
         attempt = request
         with inside(invocation.run):
-            while invocation.ending is None:
+            while True:
+                if invocation.ending is not None:
+                    break
                 try:
                     return self._answered(request, seat, await handler(attempt))
                 except Stopped as stop:

@@ -357,7 +357,9 @@ def _stream(
         ticket, chunks, chunk = repeat(guard.retries, error, attempt)
     told = _Told()
     try:
-        while chunk is not None:
+        while True:
+            if chunk is None:
+                break
             told.note(chunk)
             ticket.touch()
             yield chunk
@@ -406,7 +408,9 @@ async def _astream(
         ticket, chunks, first = await arepeat(guard.retries, error, attempt)
     told = _Told()
     try:
-        while first is not None:
+        while True:
+            if first is None:
+                break
             told.note(first)
             ticket.touch()
             yield first

@@ -103,9 +103,10 @@ class Tracker:
     def forget_closed(self) -> None:
         """Drop tickets that the end of a run, or their time, has closed: nothing told LangChain's end of them."""
         with self._lock:
-            closed = [run_id for run_id, found in self._tickets.copy().items() if found is not None and not found[0].is_open]
-        for run_id in closed:
-            self.take_ticket(run_id)
+            tickets = self._tickets.copy()
+        for run_id, found in tickets.items():
+            if found is not None and not found[0].is_open:
+                self.take_ticket(run_id)
 
     def size(self) -> int:
         """How many branches and tickets are kept."""

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from clevagent_core import default
 from clevagent_core.calls import Step
+from clevagent_core.runs import Run
 
 logger = logging.getLogger("clevagent")
 
@@ -30,7 +31,11 @@ def node_callback(node: str | Mapping[str, object], state: object = None) -> Non
         updates = node if isinstance(node, Mapping) else {node: state}
         run = default.current().current_run()
         for name, update in updates.items():
-            if name != _INTERRUPT:  # a graph that waits for a person has not finished
-                run.step(Step(kind="node", name=str(name), detail=MappingProxyType({"output": update})))
+            _step(run, name, update)
     except Exception:  # whose code: ours, in the user's program
         logger.exception("ClevAgent could not tell a step; the program goes on.")
+
+
+def _step(run: Run, name: object, update: object) -> None:
+    if name != _INTERRUPT:  # a graph that waits for a person has not finished
+        run.step(Step(kind="node", name=str(name), detail=MappingProxyType({"output": update})))

@@ -78,9 +78,10 @@ def replies() -> list[Reply]:
 def _read(path: Path, refused: int) -> GuardedAct:
     file = LedgerFile(path)
     try:
-        (balance,) = [record.balance for record in file.accounts(time.time()) if record.balance.key.budget == BUDGET]
+        records = list(file.accounts(time.time()))
     finally:
         file.close()
+    (balance,) = [record.balance for record in records if record.balance.key.budget == BUDGET]
     return GuardedAct(
         ledger_pico=balance.spent, held_pico=balance.held, refused=refused, stopped_by="ceiling" if balance.latched else None
     )

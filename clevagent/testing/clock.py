@@ -58,6 +58,10 @@ class _FakeTimer:
         self.work = None
 
 
+def _with_work(timers: list[_FakeTimer]) -> list[_FakeTimer]:
+    return [timer for timer in timers if timer.work is not None]
+
+
 class FakeClock:
     """A :class:`~clevagent_core.clock.Clock` for tests: time passes only when the test says so.
 
@@ -130,8 +134,9 @@ class FakeClock:
 
     def _next_timer(self, end_ns: int) -> _FakeTimer | None:
         with self._changed:
-            self._timers = [timer for timer in self._timers if timer.work is not None]
-            due = [timer for timer in self._timers if timer.due_ns <= end_ns]
+            self._timers = _with_work(self._timers)
+            timers = list(self._timers)
+        due = [timer for timer in timers if timer.due_ns <= end_ns]
         return min(due, key=lambda timer: timer.due_ns, default=None)
 
     def set(self, wall: datetime) -> None:
@@ -173,8 +178,8 @@ class FakeClock:
             self._blocked += 1
             self._changed.notify_all()
         try:
-            while self._monotonic_ns < deadline_ns:
-                if event.wait(_POLL_S):
+            while True:
+                if self._monotonic_ns >= deadline_ns or event.wait(_POLL_S):
                     break
             return event.is_set()
         finally:
@@ -232,9 +237,12 @@ class FakeClock:
             self._monotonic_ns += nanoseconds
             self._wall_ns += nanoseconds
             for sleeper in list(self._sleepers):
-                if sleeper.deadline_ns <= self._monotonic_ns:
-                    self._sleepers.remove(sleeper)
-                    sleeper.wake()
+                self._wake_if_due(sleeper)
+
+    def _wake_if_due(self, sleeper: _Sleeper) -> None:
+        if sleeper.deadline_ns <= self._monotonic_ns:
+            self._sleepers.remove(sleeper)
+            sleeper.wake()
 
 
 def _wall_ns(wall: datetime, *, what: str) -> int:

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from clevagent_core.baselines import KEPT
 from clevagent_core.budgets import Amounts
@@ -82,20 +82,16 @@ class MemoryLedger:
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         with self._lock:
-            for account, unit, enforced in lines:
-                room = account.ceiling - account.keep - account.spent - account.held
-                if amounts[unit] > room or account.latched or account.closed or not enforced or wrap_up:
-                    # It does not plainly fit, so it is looked at closely.
-                    refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
-                    if refusal is not None:
-                        return refusal
-                    break
+            is_plain = not wrap_up and _fit_plainly(lines, amounts)
+            if not is_plain:
+                refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
+                if refusal is not None:
+                    return refusal
             hold = Hold(lines, amounts, expires_at, owner)
-            for line in lines:
-                account, unit, enforced = line
+            for account, unit, _ in lines:
                 account.held += amounts[unit]
-                if not enforced and (notice := holding_notice(line)) is not None:
-                    hold.notices = [*(hold.notices or ()), notice]
+            if not is_plain:
+                hold.notices = _holding_notices(lines)
             self._holds[hold] = None
             return hold
 
@@ -172,15 +168,14 @@ class MemoryLedger:
         """See :meth:`Ledger.forget`."""
         with self._lock:
             for account in accounts:
-                if self._accounts.get(account.key) is account:
-                    del self._accounts[account.key]
+                self._forget(account)
 
     def evict(self, wall: float) -> int:
         """See :meth:`Ledger.evict`."""
         with self._lock:
             if len(self._accounts) < self._evict_at:
                 return 0
-            gone = [account for account in self._accounts.values() if _is_evictable(account, wall)]
+            gone = _evictable(self._accounts.values(), wall)
             for account in gone:
                 account.closed = True
                 del self._accounts[account.key]
@@ -192,6 +187,10 @@ class MemoryLedger:
         """See :meth:`Ledger.close`."""
         for hold in self.holds():
             self.charge(hold)
+
+    def _forget(self, account: Account) -> None:
+        if self._accounts.get(account.key) is account:
+            del self._accounts[account.key]
 
     def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         notices: list[Notice] = []
@@ -215,6 +214,24 @@ class MemoryLedger:
         for account in self._accounts.values():
             account.closed = True
         self._accounts, self._holds = {}, {}
+
+
+def _fit_plainly(lines: Sequence[Line], amounts: Amounts) -> bool:
+    """Whether there is room on every account, and none needs a closer look: most reservations, at a fraction of the cost."""
+    for account, unit, enforced in lines:
+        room = account.ceiling - account.keep - account.spent - account.held
+        if amounts[unit] > room or account.latched or account.closed or not enforced:
+            return False
+    return True
+
+
+def _holding_notices(lines: Sequence[Line]) -> list[Notice] | None:
+    notices = [notice for line in lines if not line.enforced and (notice := holding_notice(line)) is not None]
+    return notices or None
+
+
+def _evictable(accounts: Iterable[Account], wall: float) -> list[Account]:
+    return [account for account in accounts if _is_evictable(account, wall)]
 
 
 def _is_evictable(account: Account, wall: float) -> bool:

@@ -495,14 +495,15 @@ class SqliteLedger:
         path = self._database.path
         try:
             with self._database.transaction() as execute:
-                while lock_fd < 0:
+                while True:
                     id_ = int(execute(INSERT_OWNER, (os.getpid(), self._agent, self._clock.wall())).lastrowid or 0)
                     path = owner_path(self._database.path, id_)
                     # Locked before anybody can see it: an owner without a locked file is dead.
                     lock_fd = lock_file(path)
-                    if lock_fd < 0:
-                        # A process's that used a file of this name before this one was made.
-                        execute("DELETE FROM owner WHERE id = ?", (id_,))
+                    if lock_fd >= 0:
+                        break
+                    # A process's that used a file of this name before this one was made.
+                    execute("DELETE FROM owner WHERE id = ?", (id_,))
         except BaseException as error:
             if lock_fd >= 0 and not self._database.is_committed:
                 path.unlink(missing_ok=True)
