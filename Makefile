@@ -2,6 +2,7 @@
 #   .venv         the newest clients of OpenAI and Anthropic, LangChain, LangGraph
 #   .venv-crewai  everything, with the older clients that CrewAI asks for
 #   .venv-oldest  the oldest versions that are supported
+#   .nox          one for each version of Python; see noxfile.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,14 +17,16 @@ PEERS_STAMP := $(PEERS)/.installed
 
 # What runs in an environment depends on the versions in it only here.
 ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples tests/docs tests/cli/test_demo.py
+# What depends on the version of Python most, in less time than all.
+VERSION_BOUND := tests/core tests/ledger tests/heartbeat tests/langchain tests/testing tests/cli
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-newest test-crewai test-oldest lint install bench bench-instructions bench-peers clean
+.PHONY: demo test test-newest test-crewai test-oldest test-versions test-python-3.13 lint install bench bench-instructions bench-peers clean
 
 demo: $(CREWAI_STAMP)
 	$(CREWAI)/bin/clevagent demo
 
-test: test-newest test-crewai
+test: test-newest test-crewai test-python-3.13
 
 test-newest: $(STAMP)
 	$(BIN)/pytest $(PARALLEL) --ignore=tests/crewai $(PYTEST_ARGS)
@@ -33,6 +36,13 @@ test-crewai: $(CREWAI_STAMP)
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/pytest $(PARALLEL) $(ADAPTERS) tests/langchain $(PYTEST_ARGS)
+
+# On every version of Python that is supported and found.
+test-versions: $(STAMP)
+	$(BIN)/nox -- $(PYTEST_ARGS)
+
+test-python-3.13: $(STAMP)
+	$(BIN)/nox --session tests-3.13 -- $(VERSION_BOUND) $(PYTEST_ARGS)
 
 lint: $(STAMP) $(CREWAI_STAMP)
 	$(BIN)/ruff check .
@@ -82,4 +92,4 @@ $(PEERS_STAMP): pyproject.toml constraints.txt benchmarks/peers/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CREWAI) $(OLDEST) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CREWAI) $(OLDEST) $(PEERS) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,8 +7,8 @@ constraints=$3
 python=${PYTHON:-python3}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    for candidate in python3.13 python3.12 python3.11; do
-        if command -v "$candidate" >/dev/null 2>&1; then python=$candidate; break; fi
+    for version in 3.13 3.12 3.11; do
+        if found=$(sh "$(dirname "$0")/find-python.sh" "$version"); then python=$found; break; fi
     done
 fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
