@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from decimal import Decimal
 
 import pytest
@@ -103,14 +102,23 @@ def test_a_hook_of_the_users_own_that_refuses_costs_nothing(provider, crew):
 
 def test_slow_listeners_of_the_event_bus_let_no_second_call_pass(provider, crew):
     """Settled by the event alone, a limit of one call lets two go out."""
+    refused = threading.Event()
+
+    class Hears:
+        @clevagent.hookimpl
+        def clevagent_incident(self, incident):
+            refused.set()
+
+    clevagent.init(plugins=[Hears()])
     with crewai_event_bus.scoped_handlers():
 
         @crewai_event_bus.on(LLMCallCompletedEvent)
         def slow(source, event):
-            time.sleep(0.3)
+            refused.wait(10)
 
         with pytest.raises(BudgetExceeded):
             clevagent.guard(crew(3), budgets=[Budget(llm_calls=1)]).kickoff()
+        assert refused.is_set()
         assert provider.request_count == 1
         crewai_event_bus.flush(timeout=10)
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -161,14 +160,21 @@ def test_a_process_that_was_stopped_as_a_whole_is_not_stalled(start, receiver):
     """Its calls have not had the time for which it stood still."""
     code = textwrap.dedent(
         """
-        import sys, time, clevagent
+        import threading, clevagent
         from clevagent_core.guards import stall
         stall._LATE_S = 0.5
+        looked, look = threading.Event(), stall.StallGuard.look
+        def look_and_say_so(guard):
+            answer = look(guard)
+            looked.set()
+            return answer
+        stall.StallGuard.look = look_and_say_so
         watchdog = clevagent.init(stall_after=1)
         with clevagent.run(), clevagent.tool_call("index", timeout_s=2):
             print("working", flush=True)
-            for _ in range(15):
-                time.sleep(0.1)
+            input()
+            looked.clear()
+            looked.wait()
         watchdog.flush()
         print([incident.kind for incident in watchdog.recent], flush=True)
         """
@@ -177,8 +183,11 @@ def test_a_process_that_was_stopped_as_a_whole_is_not_stalled(start, receiver):
     child.hear("working")
     child.signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
-    time.sleep(2.5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.process.wait(2.5)  # longer than the call may take
     child.signal(signal.SIGCONT)
+    child.process.stdin.write("\n")
+    child.process.stdin.flush()
     child.hear("[]")
     assert child.end()[0] == 0
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -349,8 +348,8 @@ def test_a_try_that_fails_only_after_the_stop_is_no_reason_to_give_up(make, rece
     receiver.react(status=503, delay_s=0.3, times=1)
     sender = make()
     sender.send(beat(1))
-    while not receiver.requests:
-        time.sleep(0.001)
+    with receiver._changed:
+        assert receiver._changed.wait_for(lambda: receiver.requests, 10)
     assert sender.stop(10) == Leftover(spooled=0, lost=0)
     assert seqs(receiver) == [1]
 

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import socket
 import threading
-import time
 
 import anyio
 import pytest
@@ -17,6 +16,14 @@ from clevagent_heartbeat.stacks import MOST_FRAMES, Frame, Stack, from_exception
 
 async def stuck(future):
     return await future
+
+
+def look_until(is_there, look, thread):
+    """Look at a thread until it has got to where it waits: nothing tells that a thread is blocked."""
+    while not is_there(stack := look()):
+        thread.join(0.001)
+        assert thread.is_alive()
+    return stack
 
 
 async def gathers(future):
@@ -174,8 +181,11 @@ def test_a_blocking_call_in_async_code_is_told_as_the_thread_stands():
     told = []
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    while not told or (stack := task_stack(told[0])) is None or stack.frames[-1].function != "call_api":
-        time.sleep(0)
+    stack = look_until(
+        lambda stack: stack is not None and stack.frames[-1].function == "call_api",
+        lambda: task_stack(told[0]) if told else None,
+        thread,
+    )
     theirs.send(b"x")
     thread.join()
     ours.close()
@@ -207,8 +217,11 @@ def test_the_users_line_is_told_however_many_frames_of_libraries_lie_around_it(l
 
     thread = threading.Thread(target=lambda: library.dive(60, node))
     thread.start()
-    while (stack := thread_stack(thread.ident)).frames[-1].function != "wait" or "threading" not in stack.frames[-1].file:
-        time.sleep(0)
+    stack = look_until(
+        lambda stack: stack.frames[-1].function == "wait" and "threading" in stack.frames[-1].file,
+        lambda: thread_stack(thread.ident),
+        thread,
+    )
     released.set()
     thread.join()
     assert stack.where.startswith(
@@ -227,8 +240,7 @@ def test_a_thread_that_waits_for_a_lock_is_told_with_the_users_line():
     lock.acquire()
     thread = threading.Thread(target=take)
     thread.start()
-    while (stack := thread_stack(thread.ident)).frames[-1].function != "take":
-        time.sleep(0)
+    stack = look_until(lambda stack: stack.frames[-1].function == "take", lambda: thread_stack(thread.ident), thread)
     lock.release()
     thread.join()
     assert stack.where == f"heartbeat/test_stacks.py:{take.__code__.co_firstlineno + 1} in take"

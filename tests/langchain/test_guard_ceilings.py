@@ -443,7 +443,7 @@ def test_a_user_without_retries_gets_none(limited):
 
 async def cancelled(model):
     task = asyncio.create_task(model.ainvoke(PROMPT))
-    await asyncio.sleep(0.03)
+    await asyncio.wait([task], timeout=0.03)
     task.cancel()
     await asyncio.wait([task])
 
@@ -490,7 +490,7 @@ def test_cancelled_while_waiting_for_held_money_leaves_nothing_held(limited, aio
     async def main():
         await model.ainvoke(PROMPT)  # makes the client, which takes a while
         tasks = [asyncio.create_task(model.ainvoke(PROMPT)) for _ in range(TRIES)]
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(limited.provider.wait_for_requests, 2)
         for task in tasks[::2]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
