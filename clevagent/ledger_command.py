@@ -241,4 +241,5 @@ def _print_tables(records: list[AccountRecord], owners: list[OwnerRecord]) -> No
             if owner.is_alive
             else "has ended" + (f" with {calls}, charged when the next process looks" if owner.calls_in_flight else "")
         )
-        console.print(Text(f"process {owner.pid} of {owner.agent!r}: {state}"), highlight=False)
+        # Not by rich, which would break the line where the width of a pid says; a terminal wraps it, and grep finds it whole.
+        click.echo(f"process {owner.pid} of {owner.agent!r}: {state}")

@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
 import uuid
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import count
 
@@ -356,8 +357,7 @@ budget
 shared  -       $0.00  $0.06    $0.10  open
   all
 
-process <pid> of 'worker': has ended with 2 calls in flight, charged when the
-next process looks
+process <pid> of 'worker': has ended with 2 calls in flight, charged when the next process looks
 process <pid> of 'worker': 1 call in flight\
 """)
     (dead, alive) = json.loads(invoke("show", "--json").output)["processes"]
@@ -373,6 +373,18 @@ shared  -       $0.05  $0.01    $0.10  open
 
 process <pid> of 'worker': 1 call in flight\
 """)
+
+
+def test_a_process_is_one_line_however_long_its_id(invoke, worker, path):
+    ended = worker()
+    assert ended.do("hold", 2) == "passed"
+    ended.process.kill()
+    ended.process.wait(TIMEOUT_S)
+    for pid in (10**digits for digits in range(7)):
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("UPDATE owner SET pid = ?", (pid,))
+        *_, before, line = invoke("show").output.splitlines()
+        assert (before, line.startswith(f"process {pid} of 'worker': has ended with 1 call in flight")) == ("", True)
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are(invoke, watch):
