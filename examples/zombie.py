@@ -41,4 +41,6 @@ stalled.wait(30)
 print("health check: ok" if worker.is_alive() else "health check: down")
 silent_server.send(b"at last")  # the rest of the program
 worker.join()
+for end in (ours, silent_server):
+    end.close()
 clevagent.shutdown()
