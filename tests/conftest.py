@@ -26,7 +26,10 @@ os.environ.update(
     CREWAI_STORAGE_DIR=tempfile.mkdtemp(prefix="crewai-"),
     # Where heartbeats wait while nobody takes them.
     XDG_STATE_HOME=tempfile.mkdtemp(prefix="state-"),
+    # A client reads every certificate of the machine when it is made, 20 ms each time; nothing here speaks TLS.
+    SSL_CERT_DIR=tempfile.mkdtemp(prefix="no-certificates-"),
 )
+os.environ.pop("SSL_CERT_FILE", None)
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -68,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     # Not atexit: the workers of pytest-xdist end without it.
-    for folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME"):
+    for folder in ("CREWAI_STORAGE_DIR", "XDG_STATE_HOME", "SSL_CERT_DIR"):
         shutil.rmtree(os.environ[folder], ignore_errors=True)
 
 
