@@ -21,12 +21,17 @@ ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/exam
 VERSION_BOUND := tests/core tests/ledger tests/heartbeat tests/langchain tests/testing tests/cli
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-newest test-crewai test-oldest test-versions test-python-3.13 lint install bench bench-instructions bench-peers clean
+.PHONY: demo test test-fast test-newest test-crewai test-oldest test-versions test-python-3.13 lint install bench bench-instructions \
+	bench-peers clean
 
 demo: $(CREWAI_STAMP)
 	$(CREWAI)/bin/clevagent demo
 
 test: test-newest test-crewai test-python-3.13
+
+# For every save: under a minute on two cores.
+test-fast: $(STAMP)
+	$(BIN)/pytest $(PARALLEL) --ignore=tests/crewai -m "not slow" $(PYTEST_ARGS)
 
 test-newest: $(STAMP)
 	$(BIN)/pytest $(PARALLEL) --ignore=tests/crewai $(PYTEST_ARGS)

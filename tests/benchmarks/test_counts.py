@@ -46,6 +46,9 @@ class NoOp(BaseCallbackHandler):
         pass
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in the repository and in no wheel."""

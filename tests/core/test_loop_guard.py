@@ -1269,6 +1269,7 @@ def sizes(value, seen):
     return sum(sizes(getattr(value, name), seen) for name in names if hasattr(value, name))
 
 
+@pytest.mark.slow
 def test_a_long_run_is_kept_in_bounded_memory(init):
     watchdog = init(block=["clevagent_core.guards.budget"])
     most = 0

@@ -349,6 +349,7 @@ ACTIONS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ACTIONS, max_size=40))
 def test_what_beats_tell_adds_up_to_every_cent(actions):

@@ -391,7 +391,7 @@ def streamed(model, aio):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     "call",
-    [retried, astreams, *(pytest.param(call, marks=pytest.mark.slow) for call in (tasks, streamed))],
+    [retried, *(pytest.param(call, marks=pytest.mark.slow) for call in (astreams, tasks, streamed))],
     ids=lambda call: call.__name__,
 )
 def test_faults_and_sdk_retries_hold_the_ceiling(setting, fault, call, aio, fast_retries):

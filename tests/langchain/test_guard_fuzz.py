@@ -243,7 +243,7 @@ def play(seed, aio, *, threads=8, tasks=4, calls=5):
 
 
 @pytest.mark.usefixtures("_hush")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 12))])
 def test_the_ceiling_holds_whatever_happens(seed, aio):
     play(seed, aio)
 

@@ -154,7 +154,7 @@ class Measured:
         return self.provider.billed_pico / self.ceiling
 
 
-@pytest.mark.parametrize("share", [0.8, 1.0, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(2.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.8, *(pytest.param(share, marks=pytest.mark.slow) for share in (1.0, 1.5, 2.5))])
 def test_growing_histories_one_after_another(share, kind, model, provider):
     whole = cost_of(model, kind, provider, 1)
     guarded = clevagent.guard(model)
@@ -184,7 +184,8 @@ def test_eight_conversations_at_once_in_threads(share, kind, model, provider):
     assert measured.utilisation >= 0.7
 
 
-@pytest.mark.parametrize("share", [1.5, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.5, 3])
 def test_eight_conversations_at_once_in_tasks(share, kind, model, provider, aio):
     whole = cost_of(model, kind, provider, 1)
     guarded = clevagent.guard(model)
@@ -197,6 +198,7 @@ def test_eight_conversations_at_once_in_tasks(share, kind, model, provider, aio)
     assert measured.utilisation >= 0.7
 
 
+@pytest.mark.slow
 def test_short_prompts_eight_at_once(kind, model, provider):
     whole = cost_of(model, kind, provider, 40, turns=1)
     guarded = clevagent.guard(model)
@@ -205,6 +207,7 @@ def test_short_prompts_eight_at_once(kind, model, provider):
     assert measured.utilisation >= 0.7
 
 
+@pytest.mark.slow
 def test_without_limits_eight_at_once(kind, provider, aio):
     """Nobody asked for a limit: each call leaves room for the others, and answers are not cut for it."""
     provider.reset([Reply(text=english(0), output_tokens=200)])
@@ -220,6 +223,7 @@ def test_without_limits_eight_at_once(kind, provider, aio):
     assert measured.utilisation >= 0.7
 
 
+@pytest.mark.slow
 def test_histories_with_tools(kind, model, provider):
     """An agent's history: calls of tools and what they told, JSON inside JSON."""
     tools = [

@@ -638,6 +638,7 @@ def test_an_agent_that_another_process_began_is_held_to_its_budget_from_there(pr
     assert [(summary.total.calls, summary.tool_calls) for summary in runs.ended] == [(3, 6)]
 
 
+@pytest.mark.slow
 def test_those_that_wait_are_bounded(monkeypatch, provider, chat, watchdog, runs):
     import clevagent_langchain.invocations
 

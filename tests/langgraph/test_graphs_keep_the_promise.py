@@ -452,6 +452,7 @@ def test_graphs_inside_that_do_not_end_by_themselves_leave_no_account_once_the_o
     assert watchdog.ledger._accounts == {}
 
 
+@pytest.mark.slow
 def test_runs_that_nobody_resumes_do_not_fill_the_memory(chat, provider, line):
     watchdog = clevagent.init()
     graph = clevagent.guard(line(writing(chat())), budgets=[Budget(llm_calls=1, name="one"), Budget(usd="0.000001", name="none")])
@@ -662,6 +663,7 @@ def built(drawn, chat):
     return builder.compile(checkpointer=InMemorySaver())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=graphs())
 def test_no_graph_passes_its_ceiling_and_all_that_it_was_billed_is_recorded(drawn, aio):

@@ -522,7 +522,8 @@ def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
     _check_ceilings(150, lambda: "memory")
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [100, 400])
 def test_no_ceiling_is_passed_in_a_file_whatever_an_agent_does(
     examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

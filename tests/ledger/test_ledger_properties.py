@@ -60,6 +60,9 @@ def _clean() -> Iterator[None]:
 
 LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": EagerMemoryLedger, "sqlite": _make_sqlite}
 """Every ledger is put through the same. Its ``evict`` must look at every account, each time."""
+SLOW_IN_A_FILE = [
+    pytest.param(make, id=name, marks=[pytest.mark.slow] if name == "sqlite" else []) for name, make in LEDGERS.items()
+]
 
 GIVEN = {"small": (5, 0), "kept": (20, 8), "plain": (12, 0), "other": (30, 1)}
 """Budgets: the ceiling, and what is kept of it (in the unit USD only)."""
@@ -390,7 +393,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(hold.real.state == hold.state for hold in self.holds)
 
 
-@pytest.mark.parametrize("make_ledger", LEDGERS.values(), ids=LEDGERS)
+@pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_balances_are_exact_in_any_order_of_operations(make_ledger: Callable[[], Ledger]) -> None:
     run_state_machine_as_test(
         lambda: LedgerMachine(make_ledger),

@@ -44,6 +44,9 @@ def _clean() -> Iterator[None]:
 
 
 LEDGERS: dict[str, Callable[[], Ledger]] = {"memory": MemoryLedger, "sqlite": _make_sqlite}
+SLOW_IN_A_FILE = [
+    pytest.param(make, id=name, marks=[pytest.mark.slow] if name == "sqlite" else []) for name, make in LEDGERS.items()
+]
 THREADS = 8
 ROUNDS = 1000
 PRICES = {"m": Price(input=1, output=2)}
@@ -121,7 +124,7 @@ def end_somehow(ledger: Ledger, hold: Hold, chance: random.Random) -> Amounts | 
     return used
 
 
-@pytest.mark.parametrize("make_ledger", LEDGERS.values(), ids=LEDGERS)
+@pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_no_ceiling_is_passed_at_any_moment_by_many_threads(make_ledger: Callable[[], Ledger]) -> None:
     """Each thread reserves on some of the same accounts, in an order of its own, and ends its holds in every way."""
     ledger = make_ledger()
@@ -195,7 +198,7 @@ def test_one_hold_ended_by_many_threads_counts_once(make_ledger: Callable[[], Le
     assert [(ledger.balance(account).held, ledger.balance(account).spent) for account in accounts] == [(0, 4 * 60)] * 6
 
 
-@pytest.mark.parametrize("make_ledger", LEDGERS.values(), ids=LEDGERS)
+@pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_a_reservation_never_lands_on_an_account_that_was_taken_out(make_ledger: Callable[[], Ledger]) -> None:
     """Accounts without spending are taken out all the time: whoever holds money on one has it found again."""
     ledger = make_ledger()

@@ -278,6 +278,7 @@ os.read(ours, 1)
 # -- forks at the worst moment --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forks_while_other_threads_make_transactions_neither_hang_nor_lose(open_here) -> None:
     here = open_here(ceiling=10**6)
     done = threading.Event()
@@ -307,6 +308,7 @@ def test_forks_while_other_threads_make_transactions_neither_hang_nor_lose(open_
     assert here.state() == (2 * sum(made) + 25 * 2, 0)
 
 
+@pytest.mark.slow
 def test_threads_that_fork_at_once_do_not_hang_each_other(open_here) -> None:
     here = open_here(ceiling=10**6)
     errors: list[BaseException] = []

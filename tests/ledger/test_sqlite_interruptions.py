@@ -182,6 +182,7 @@ def everything(here: Any) -> int:
     return 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_call_that_is_ended_by_the_collector_at_any_line_is_neither_lost_nor_counted_twice(ending: str, open_here) -> None:
     end, cost = ENDINGS[ending]
@@ -217,6 +218,7 @@ def test_a_call_that_is_ended_in_the_middle_of_a_transaction_is_ended_with_it_no
     assert told
 
 
+@pytest.mark.slow
 def test_a_balance_that_is_read_in_the_middle_of_a_transaction_disturbs_nothing(open_here) -> None:
     number, lines = 0, [""] * 99
     while number <= len(lines):
@@ -230,6 +232,7 @@ def test_a_balance_that_is_read_in_the_middle_of_a_transaction_disturbs_nothing(
         here.ledger.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_the_collector_ends_in_the_middle_of_a_transaction_is_over(path) -> None:
     """A generator with a run in it, dropped half way: it is closed wherever the collector finds it."""
     number, lines = 0, [""] * 99
@@ -269,6 +272,7 @@ class Cycle:
         self.here.pay(self.hold, 1)
 
 
+@pytest.mark.slow
 def test_holds_that_the_real_collector_settles_while_threads_are_at_work_are_all_counted(open_here) -> None:
     here = open_here(ceiling=10**9)
     before = gc.get_threshold()

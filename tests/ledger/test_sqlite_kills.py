@@ -171,6 +171,7 @@ def _most(lines: list[tuple[str, str, int, int]], name: str, number: int, settle
     return next(amount for kind, other, which, amount in lines if (kind, other, which) == ("sent", name, number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["statement", "step"])
 def test_processes_killed_in_the_middle_of_what_sqlite_does_never_pass_the_ceiling(by: str, fleet, open_here) -> None:
     """Each is killed at a statement or a step that it has counted itself, and another one takes its place."""
@@ -245,6 +246,7 @@ def test_what_is_recorded_is_what_was_billed_to_the_last_unit(fleet, open_here) 
     assert billed > 4 * 400 * 5
 
 
+@pytest.mark.slow
 def test_what_a_dead_fleet_held_is_charged_at_its_bound(fleet, open_here) -> None:
     """Each is killed between sending and hearing of it: the file knows the bound, the bill what it did cost."""
     for number in range(3):

@@ -60,6 +60,7 @@ def prelude(path, provider, wait_s: int = 20) -> str:
     )
 
 
+@pytest.mark.slow
 def test_guarded_models_in_five_processes_never_pass_the_ceiling_and_use_it_up(other, path, provider) -> None:
     there = [other(prelude(path, provider)) for _ in range(PROCESSES)]
     for process in there:

@@ -226,6 +226,7 @@ def test_a_clean_end_leaves_the_file_and_its_lock_and_nothing_else(path, program
     assert sorted(found.name for found in path.parent.iterdir()) == ["ledger.db", "ledger.db-lock"]
 
 
+@pytest.mark.slow
 def test_watchdogs_made_and_shut_down_leave_no_descriptor_open(path, program, clock) -> None:
     program(Budget(llm_calls=500, per="day", name="b"), clock=clock).shutdown()
     gc.collect()

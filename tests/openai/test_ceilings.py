@@ -330,6 +330,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chat", "messages"])
 def test_processes_that_share_a_file_share_the_ceiling(request, provider, tmp_path, name):
     api = request.getfixturevalue(name)
