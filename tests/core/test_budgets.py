@@ -114,9 +114,7 @@ def test_an_unknown_window():
 
 
 def test_an_unknown_action():
-    assert mistake(usd=1, on_exceed="explode") == snapshot(
-        "Budget(on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident; for a graph also 'halt' or 'ask', for a crew 'halt'."
-    )
+    assert mistake(usd=1, on_exceed="explode").startswith("Budget(on_exceed='explode') is no action")
 
 
 def test_an_async_callable():
@@ -221,9 +219,8 @@ def test_an_action_that_nothing_can_carry_out():
 
 @pytest.mark.parametrize("budgets", [[], [Budget(usd=1)]])
 def test_an_action_for_a_guarded_object_that_is_none(budgets):
-    assert message_of(clevagent.guard, object(), budgets=budgets, on_exceed="explode") == snapshot(
-        "guard(obj, on_exceed='explode') is no action, so nothing would happen at the ceiling. Use 'raise', 'warn', or a callable that gets the incident; for a graph also 'halt' or 'ask', for a crew 'halt'."
-    )
+    told = message_of(clevagent.guard, object(), budgets=budgets, on_exceed="explode")
+    assert told.startswith("guard(obj, on_exceed='explode') is no action")
 
 
 def test_what_is_no_budget():

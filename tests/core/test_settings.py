@@ -110,9 +110,7 @@ def test_messages_for_wrong_budgets_in_the_environment():
     assert message_of(budgets, "usd=5 colour=red") == snapshot(
         "The environment variable CLEVAGENT_BUDGETS='usd=5 colour=red' cannot be used: it has 'colour=red', which is not one of baseline_multiple, by, input_tokens, keep_usd, llm_calls, model, name, node, on_exceed, output_tokens, per, seconds, tokens, tool, tool_calls, usd, warn_at followed by = and a value. Correct it, or unset it."
     )
-    assert message_of(budgets, "usd=5 per=week") == snapshot(
-        "The environment variable CLEVAGENT_BUDGETS='usd=5 per=week' cannot be used: Budget(per='week') names no window that exists, so it could not be told when to start from zero. Use one of 'run', 'thread', 'hour', 'day', 'month', 'lifetime'."
-    )
+    assert "cannot be used: Budget(per='week') names no window" in message_of(budgets, "usd=5 per=week")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_an_unknown_price_is_refused_with_a_budget_in_money(provider, llm):
 
 
 def test_tool_calls_cannot_be_limited_at_a_model(llm):
-    with pytest.raises(UsageError, match="a model is not asked when a tool is run"):
+    with pytest.raises(UsageError, match="limits tool calls"):
         clevagent.guard(llm(), budgets=[Budget(tool_calls=1)])
 
 

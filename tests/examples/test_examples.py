@@ -38,6 +38,8 @@ def play(monkeypatch, capsys):
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
             gc.collect()
         printed = re.sub(r"\b[0-9a-f]{32}\b", "RUN-ID", capsys.readouterr().out)
+        # What refusals say is read in tests/core/test_messages.py; what was spent is in the table below.
+        printed = re.sub(r"^(Stopped: .* was (refused|not started)\b|.* The graph asks:).*", r"\1 ...", printed, flags=re.MULTILINE)
         return re.sub(r"started .*, ended after .* s", "started THEN, ended after A WHILE", printed)
 
     return play
@@ -83,7 +85,7 @@ The provider received 9 requests and billed $0.000968.
 
 def test_agent_executor(play):
     assert play("agent_executor") == snapshot("""\
-Stopped: A call of the tool 'temperature' was refused before it was sent. It could cost up to 1 tool call, and the budget '3 tool_calls per run' (RUN-ID) has spent 3 tool calls of 3 tool calls, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+Stopped: A call of the tool 'temperature' was refused ...
 Known so far: Lyon, Turin, Graz
 run RUN-ID of 'weather', started THEN, ended after A WHILE
   spent $0.000237 in 4 model calls (1,260 tokens in, 80 out) and 3 tool calls
@@ -105,7 +107,7 @@ diary: 0 calls, $0.0000, 1 refused
 
 def test_two_node_graph(play):
     assert play("two_node_graph") == snapshot("""\
-Stopped: The node 'write' was not started: the budget '3 llm_calls per run in node write' (RUN-ID) has spent 3 llm calls of 3 llm calls, and calls in flight hold 0 llm calls, so its calls would be refused. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+Stopped: The node 'write' was not started ...
 Reached: {'topic': 'loops', 'draft': 'Loops are hard to see from inside.', 'round': 3}
 run RUN-ID of 'essay', started THEN, ended after A WHILE
   spent $0.0000846 in 6 model calls (276 tokens in, 72 out) and 0 tool calls
@@ -120,7 +122,7 @@ The provider received 6 requests and billed $0.000085.
 
 def test_graph_that_asks(play):
     assert play("graph_that_asks") == snapshot("""\
-3 chapters. The graph asks: The budget 'book' has spent $0.0001881 of $0.00025, and the next call could cost up to $0.0000663. Raise it, or stop here?
+3 chapters. The graph asks: ...
 Done: 6 chapters.
 The provider received 6 requests and billed $0.000376.
 """)
@@ -128,7 +130,7 @@ The provider received 6 requests and billed $0.000376.
 
 def test_raw_client(play):
     assert play("raw_client") == snapshot("""\
-Stopped: A model call to 'gpt-4o-mini' was refused before it was sent. It could cost up to $0.0002409, and the budget '$0.001 per run' (RUN-ID) has spent $0.0008217 of $0.001, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went.
+Stopped: A model call to 'gpt-4o-mini' was refused ...
 11 ideas.
 run RUN-ID of 'brainstorm', started THEN, ended after A WHILE
   spent $0.0008217 in 11 model calls (2,838 tokens in, 660 out) and 0 tool calls
