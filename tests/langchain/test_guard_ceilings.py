@@ -94,7 +94,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=[LIMIT, None], ids=["limit_set", "limit_unset"])
+@pytest.fixture(params=[pytest.param(LIMIT, id="limit_set"), pytest.param(None, id="limit_unset", marks=pytest.mark.slow)])
 def setting(request, kind, chat, anthropic, provider):
     return Setting(kind, request.param, chat if kind == "openai" else anthropic, provider)
 

@@ -137,6 +137,7 @@ def test_each_call_is_counted_once(way, make, counted, aio):
     counted(lambda: call(clevagent.guard(make()), aio), calls=calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_each_call_is_counted_once_beside_a_handler(way, make, counted, aio):
     calls, call = WAYS[way]

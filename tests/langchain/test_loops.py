@@ -58,7 +58,9 @@ WAYS = {
     "stream": lambda agent, aio, config: list(agent.stream(HELLO, config, stream_mode="messages")),
     "astream": lambda agent, aio, config: aio(collect(agent.astream(HELLO, config, stream_mode="messages"))),
 }
-ways = pytest.mark.parametrize("way", WAYS)
+ways = pytest.mark.parametrize(
+    "way", ["invoke", "astream", *(pytest.param(way, marks=pytest.mark.slow) for way in ("ainvoke", "stream"))]
+)
 
 
 @pytest.fixture(params=["openai", "responses", "anthropic"])
@@ -355,7 +357,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-@pytest.mark.parametrize("chunks", [1, 3, 17])
+@pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.slow), 17])
 def test_a_streamed_answer_looks_like_the_same_answer_whole(provider, model, name, chunks):
     provider.reset([replace(ANSWERS[name], chunks=chunks)])
     one = model().bind_tools([search])

@@ -488,6 +488,7 @@ def test_many_agents_that_do_the_same_are_no_loop(provider, chat, watchdog):
 # -- pauses ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 @handled
 def test_an_agent_that_waited_for_a_person_goes_on_in_the_same_run(aio, provider, chat, watchdog, runs, is_async, has_handler):

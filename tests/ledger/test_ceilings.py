@@ -518,8 +518,9 @@ def _check_ceilings(examples: int, make_ledger: Callable[[], str]) -> None:
     )
 
 
-def test_no_ceiling_is_passed_whatever_an_agent_does() -> None:
-    _check_ceilings(150, lambda: "memory")
+@pytest.mark.parametrize("examples", [20, pytest.param(150, marks=pytest.mark.slow)])
+def test_no_ceiling_is_passed_whatever_an_agent_does(examples: int) -> None:
+    _check_ceilings(examples, lambda: "memory")
 
 
 @pytest.mark.slow

@@ -236,6 +236,7 @@ def test_calls_that_cost_what_they_reserve_use_the_ceiling_up(fleet, open_here) 
     assert billed == fleet.ceiling // 7 * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fleet", [10**9], indirect=True)
 def test_what_is_recorded_is_what_was_billed_to_the_last_unit(fleet, open_here) -> None:
     for number in range(4):
