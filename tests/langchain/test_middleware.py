@@ -320,7 +320,8 @@ def test_a_ceiling_of_the_process_holds_for_twenty_threads(provider, chat, watch
     provider.reset(searching)
     one = watchdog(budgets=[Budget(usd=0.10, per="lifetime")], wait_s=30)
     agent = create_agent(chat(max_tokens=300), [search], middleware=[BudgetMiddleware(watchdog=one)])
-    states = agent.batch([HELLO] * 20)
+    # On a busy machine one thread may get as far as the ceiling before the others begin.
+    states = agent.batch([HELLO] * 20, {"recursion_limit": 200})
     assert provider.billed_usd <= 0.10
     assert provider.billed_usd >= 0.09
     for state in states:
