@@ -52,7 +52,6 @@ class Operation(NamedTuple):
 
 def operations(*, histories: Sequence[int] = HISTORIES, open_calls: int = OPEN_CALLS) -> Iterator[Operation]:
     """Yield everything to be counted. Smaller numbers than the real ones are for tests."""
-    logging.getLogger("clevagent").disabled = True
     yield Operation("nothing", lambda: None)
     yield from _core()
     yield from _langchain()
@@ -320,6 +319,7 @@ def _number(text: str) -> float:
 def main(library: str | None = None) -> int:
     """Count, print, and leave the tables for RESULTS.md; with callgrind's ``library``, be the program that is counted."""
     if library is not None:
+        logging.getLogger("clevagent").disabled = True
         counter = callgrind.Counter(library)
         for label, call, calls, warm_up in operations():
             counter.count(label, call, calls=calls, warm_up=warm_up)
