@@ -43,8 +43,8 @@ class Operation(NamedTuple):
 
     label: str
     call: Callable[[], object]
-    calls: int = 100
-    warm_up: int = 60
+    calls: int = 300
+    warm_up: int = 150
 
 
 # -- what is counted ------------------------------------------------------------------------------------------------------------------
@@ -73,9 +73,9 @@ def _core() -> Iterator[Operation]:
     watchdog, number = Watchdog(prices=PRICES), numbers()
     run = watchdog.start_run(budgets=three_budgets(), tags={"tenant": "acme"})
     call, usage = LLMCall(model="bench", input=["x" * 200], max_output_tokens=100), Usage(**USAGE)
-    yield Operation("core, no answer", lambda: run.open(call).settle(usage), 200)
-    yield Operation("core, fresh", lambda: _core_call(run, f"question {next(number)} {WORDS * 2}", f"answer {next(number)}"), 200)
-    yield Operation("core, fresh, empty", lambda: _core_call(run, "", f"answer {next(number)}"), 200)
+    yield Operation("core, no answer", lambda: run.open(call).settle(usage))
+    yield Operation("core, fresh", lambda: _core_call(run, f"question {next(number)} {WORDS * 2}", f"answer {next(number)}"))
+    yield Operation("core, fresh, empty", lambda: _core_call(run, "", f"answer {next(number)}"))
     for size in SIZES:
         body = (WORDS * (size // len(WORDS) + 1))[: size - 10]
         yield Operation(
@@ -162,8 +162,8 @@ def _nodes() -> Iterator[Operation]:
         with run.activate():
             return write({"topic": f"loops {next(number)}"})
 
-    yield Operation("node, bare", bare, 200)
-    yield Operation("node, watched", inside, 200)
+    yield Operation("node, bare", bare)
+    yield Operation("node, watched", inside)
 
 
 def _clients() -> Iterator[Operation]:
@@ -187,8 +187,8 @@ def _clients() -> Iterator[Operation]:
 
     for name, sdk in (("OpenAI", openai), ("Anthropic", anthropic)):
         client = client_of(sdk, name.lower())
-        yield Operation(f"{name}, bare", asking(client, name), 60)
-        yield Operation(f"{name}, guarded", asking(guard(client, watchdog=watchdog), name), 60)
+        yield Operation(f"{name}, bare", asking(client, name), 100, 60)
+        yield Operation(f"{name}, guarded", asking(guard(client, watchdog=watchdog), name), 100, 60)
 
 
 _MESSAGES: dict[str, Callable[[int], object]] = {

@@ -82,6 +82,9 @@ class FakeClock:
         """Stand at ``start``."""
         self._changed = threading.Condition()
         self._monotonic_ns = 0
+        self._end_ns = 0
+        """Where monotonic time will be once every :meth:`advance` that has begun is done."""
+        self._advancing = threading.local()
         self._wall_ns = _wall_ns(start, what="FakeClock(start=...)")
         self._auto_advance = auto_advance
         self._blocked = 0
@@ -111,10 +114,23 @@ class FakeClock:
                 f"advance({seconds!r}) would not move time forward: monotonic time only grows, by a finite number of "
                 "seconds. Give a number of at least 0; to change only the wall time, also backwards, use set()."
             )
-        end_ns = self._monotonic_ns + round(seconds * _NANO)
+        is_nested = getattr(self._advancing, "is_here", False)
+        with self._changed:
+            # Of several threads each adds its time to what the others have begun; what is done on the way may advance, too.
+            start_ns = self._monotonic_ns if is_nested else max(self._monotonic_ns, self._end_ns)
+            end_ns = start_ns + round(seconds * _NANO)
+            self._end_ns = max(self._end_ns, end_ns)
+        self._advancing.is_here = True
+        try:
+            self._work_until(end_ns)
+        finally:
+            self._advancing.is_here = is_nested
+            self._pass_until(end_ns)
+
+    def _work_until(self, end_ns: int) -> None:
         done: dict[_FakeTimer, int] = {}
         while (timer := self._next_timer(end_ns)) is not None:
-            self._pass(max(0, timer.due_ns - self._monotonic_ns))
+            self._pass_until(timer.due_ns)
             work, timer.due_ns = timer.work, _NEVER_NS
             delay = work() if work is not None else None
             if delay is None:
@@ -123,7 +139,6 @@ class FakeClock:
             done[timer] = times = done.get(timer, 0) + 1
             if times == _AT_ONCE:
                 timer.due_ns = max(timer.due_ns, end_ns)
-        self._pass(max(0, end_ns - self._monotonic_ns))
 
     def repeat(self, work: Callable[[], float | None], first_s: float) -> _FakeTimer:
         """See :meth:`clevagent_core.clock.Clock.repeat`: it is done by :meth:`advance`, on the thread that calls it."""
@@ -229,13 +244,14 @@ class FakeClock:
         """Move to a deadline if that is this clock's way; a wait without one can only end by its event."""
         if not self._auto_advance or deadline_ns == math.inf:
             return False
-        self._pass(int(deadline_ns) - self._monotonic_ns)
+        self._pass_until(int(deadline_ns))
         return True
 
-    def _pass(self, nanoseconds: int) -> None:
+    def _pass_until(self, monotonic_ns: int) -> None:
         with self._changed:
-            self._monotonic_ns += nanoseconds
-            self._wall_ns += nanoseconds
+            passed_ns = max(0, monotonic_ns - self._monotonic_ns)
+            self._monotonic_ns += passed_ns
+            self._wall_ns += passed_ns
             for sleeper in list(self._sleepers):
                 self._wake_if_due(sleeper)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 
@@ -60,6 +61,27 @@ async def cancel_when_sent(provider, awaitable):
         await asyncio.wait([task], timeout=0.1)
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+MINUTE_S = 60.0
+
+
+@contextlib.asynccontextmanager
+async def time_is_up_when_sent(provider):
+    """Let a minute pass on the clock of the event loop as soon as the provider has the request: the SDK gives up much later."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+
+    async def pass_a_minute():
+        assert await asyncio.to_thread(provider.wait_for_requests)
+        loop.time = lambda: time() + MINUTE_S
+
+    passing = asyncio.create_task(pass_a_minute())
+    try:
+        yield
+    finally:
+        await passing
+        loop.time = time
 
 
 # -- settled --------------------------------------------------------------------------------------------------------------
@@ -290,12 +312,13 @@ def cancelled(provider, model, config):
 
 async def waited_for(provider, model, config):
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(model.ainvoke("Hello", config), 0.2)
+        async with time_is_up_when_sent(provider):
+            await asyncio.wait_for(model.ainvoke("Hello", config), MINUTE_S)
 
 
 async def timed_out(provider, model, config):
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2):
+        async with time_is_up_when_sent(provider), asyncio.timeout(MINUTE_S):
             await model.ainvoke("Hello", config)
 
 
