@@ -149,6 +149,7 @@ def test_the_objects_of_an_answer_can_be_sent_back(provider, client):
     assert round(run.summary().total.cost_usd * PICO_PER_USD) == provider.billed_pico
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "least"),
     [

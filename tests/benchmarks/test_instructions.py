@@ -34,6 +34,7 @@ def instructions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return instructions
 
 
+@pytest.mark.slow
 def test_everything_that_is_counted_can_be_called(instructions: ModuleType) -> None:
     """Without valgrind, and with small histories: what a change breaks here is known before anybody counts."""
     labels = []

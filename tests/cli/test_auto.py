@@ -69,6 +69,7 @@ def test_without_the_variable_nothing_of_clevagent_is_imported(start, flag):
     assert start(LOADED, **flag).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_variable_can_say_no(start):
     done = start(
         LOADED + "print('clevagent_core.watchdog' in sys.modules, __import__('clevagent_core.default').default._watchdog)",
@@ -77,11 +78,13 @@ def test_the_variable_can_say_no(start):
     assert done.stdout.endswith(" None\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_no_framework_is_imported_before_the_program_does(start):
     done = start(LOADED, CLEVAGENT_AUTO_ATTACH="1")
     assert (done.stdout, done.stderr) == ("['clevagent']\n", "")
 
 
+@pytest.mark.slow
 def test_a_program_is_not_started_without_the_ceilings_that_were_asked_for(start):
     done = start("print('started')", CLEVAGENT_AUTO_ATTACH="1", CLEVAGENT_BUDGETS="euro=5")
     assert (done.returncode, done.stdout) == (2, "")

@@ -76,6 +76,7 @@ def test_version_is_printed(invoke):
     assert invoke("--version").output == f"clevagent {clevagent.__version__}\n"
 
 
+@pytest.mark.slow
 def test_python_m_clevagent_is_the_command():
     """Also where the folder of scripts is not on the path; its help says how it was called."""
     command = [sys.executable, "-m", "clevagent"]
@@ -92,6 +93,7 @@ def test_help_lists_the_commands(invoke):
     assert "demo" in result.output
 
 
+@pytest.mark.slow
 def test_help_imports_neither_the_demo_nor_a_framework_nor_rich():
     """``--help`` stays quick: what a command needs is imported when it runs."""
     code = (
@@ -181,6 +183,7 @@ def test_plugins_says_which_framework_is_not_installed_and_how_to_install_it(inv
     assert 'pip install ".[anthropic,crewai,langchain,langgraph,openai]"' in result.output
 
 
+@pytest.mark.slow
 def test_plugins_imports_no_framework():
     code = (
         "import sys; from clevagent.cli import main; main(['plugins'], standalone_mode=False); "
@@ -190,6 +193,7 @@ def test_plugins_imports_no_framework():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_plugins_says_nothing_of_installing_where_nothing_is_missing(invoke, uninstall):
     uninstall("crewai")
     others = " ".join(name for name in FRAMEWORKS if name != "crewai")
@@ -198,6 +202,7 @@ def test_plugins_says_nothing_of_installing_where_nothing_is_missing(invoke, uni
     assert row_of(invoke("plugins", CLEVAGENT_BLOCK=others).output, "crewai")[2:4] == ["not", "installed"]
 
 
+@pytest.mark.slow
 def test_the_plugin_of_somebody_elses_framework_waits_for_it_too(invoke, install, tmp_path):
     """By the same hook; its extra is named where it has one."""
     install("robots", "cli_test_good", WAITS)

@@ -344,6 +344,7 @@ def test_show_json_is_complete(invoke, watch):
     )
 
 
+@pytest.mark.slow
 def test_show_tells_of_a_process_that_was_killed_with_calls_in_flight(invoke, worker):
     """And who looks changes nothing: the next agent that looks charges them."""
     killed, living = worker(), worker()
@@ -375,6 +376,7 @@ process <pid> of 'worker': 1 call in flight\
 """)
 
 
+@pytest.mark.slow
 def test_a_process_is_one_line_however_long_its_id(invoke, worker, path):
     ended = worker()
     assert ended.do("hold", 2) == "passed"
@@ -745,6 +747,7 @@ def test_one_argument_is_the_budget_and_more_than_two_are_refused(invoke, watch,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["show"], ["top-up"], ["reset"]], ids=["ledger", "show", "top-up", "reset"])
 def test_help_imports_neither_rich_nor_sqlite(command):
     """``--help`` stays quick: what a command needs is imported when it runs."""

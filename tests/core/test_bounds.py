@@ -76,6 +76,7 @@ def test_a_character_that_normalising_makes_many_counts_as_all_of_them():
     assert text_bound("\ufdfa") == utf8(unicodedata.normalize("NFKC", "\ufdfa")) > utf8("\ufdfa")
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_a_nesting_is_bounded_by_the_bytes_of_its_json(content):
     for separators in ((",", ":"), (", ", ": ")):
@@ -88,6 +89,7 @@ def test_a_nesting_is_bounded_by_the_bytes_of_its_json(content):
         assert content_bound(content) >= utf8(content)
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_a_nesting_is_bounded_by_its_texts_normalised(content):
     sent = unicodedata.normalize("NFKC", json.dumps(content, ensure_ascii=False))
@@ -95,6 +97,7 @@ def test_a_nesting_is_bounded_by_its_texts_normalised(content):
         assert content_bound(content) >= utf8(sent)
 
 
+@pytest.mark.slow
 @given(HISTORIES)
 def test_the_bound_of_a_new_history_is_never_below_its_bytes(items):
     assert CalibratedBounds().clevagent_bound(call(items)) >= sum(
@@ -139,6 +142,7 @@ def test_what_is_no_text_is_opaque(content):
 # -- what was reported ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(HISTORIES, st.lists(MESSAGES, max_size=3), st.integers(1, 10**6))
 def test_after_a_report_only_what_is_new_counts_by_its_bytes(items, new, tokens):
     provider = CalibratedBounds()
@@ -147,6 +151,7 @@ def test_after_a_report_only_what_is_new_counts_by_its_bytes(items, new, tokens)
     assert provider.clevagent_bound(call([*items, *new])) == expected
 
 
+@pytest.mark.slow
 @given(HISTORIES, st.lists(MESSAGES, max_size=3), st.integers(1, 10**6))
 def test_histories_that_are_equal_but_not_identical_are_known_again(items, new, tokens):
     provider = CalibratedBounds()
@@ -155,6 +160,7 @@ def test_histories_that_are_equal_but_not_identical_are_known_again(items, new, 
     assert provider.clevagent_bound(call(again)) == tokens + sum(content_bound(item) + MESSAGE_OVERHEAD for item in new)
 
 
+@pytest.mark.slow
 @given(HISTORIES, st.lists(MESSAGES, min_size=1, max_size=3), st.integers(1, 10**6), st.integers(1, 10**6))
 def test_the_latest_report_of_a_growing_history_counts(items, new, first, second):
     provider = CalibratedBounds()
@@ -163,6 +169,7 @@ def test_the_latest_report_of_a_growing_history_counts(items, new, first, second
     assert provider.clevagent_bound(call([*items, *new, "more"])) == second + 4 + MESSAGE_OVERHEAD
 
 
+@pytest.mark.slow
 @given(HISTORIES, st.data(), st.integers(1, 10**6))
 def test_an_edited_history_counts_by_all_its_bytes(items, data, tokens):
     provider = CalibratedBounds()
@@ -173,6 +180,7 @@ def test_an_edited_history_counts_by_all_its_bytes(items, data, tokens):
     assert provider.clevagent_bound(call(edited)) == by_bytes(edited)
 
 
+@pytest.mark.slow
 @given(HISTORIES, st.integers(1, 10**6))
 def test_a_shortened_history_counts_by_all_its_bytes(items, tokens):
     provider = CalibratedBounds()
@@ -240,6 +248,7 @@ def test_a_report_without_tools_does_not_count_for_a_call_with_them():
     assert provider.clevagent_bound(call(["hello"], tools=[{"name": "search"}])) == by_bytes(["hello"], [{"name": "search"}])
 
 
+@pytest.mark.slow
 @given(HISTORIES)
 def test_a_report_of_another_model_does_not_count(items):
     provider = CalibratedBounds()

@@ -1172,6 +1172,7 @@ def restless():
     sys.setswitchinterval(before)
 
 
+@pytest.mark.slow
 def test_a_loop_of_many_threads_is_told_once(init, restless, caplog):
     watchdog = init()
     with clevagent.run() as run:
@@ -1192,6 +1193,7 @@ def test_a_loop_of_many_threads_is_told_once(init, restless, caplog):
     assert "failed" not in caplog.text
 
 
+@pytest.mark.slow
 def test_different_calls_of_many_threads_are_no_loop(init, restless, caplog):
     watchdog = init(on_loop="raise")
     with clevagent.run() as run:
@@ -1207,6 +1209,7 @@ def test_different_calls_of_many_threads_are_no_loop(init, restless, caplog):
     assert "failed" not in caplog.text
 
 
+@pytest.mark.slow
 def test_threads_that_forgive_and_loop_at_once_break_nothing(init, restless, caplog):
     init(on_loop="raise")
     with clevagent.run() as run:
@@ -1280,6 +1283,7 @@ def test_a_long_run_is_kept_in_bounded_memory(init):
     assert 1000 < most < 12_000
 
 
+@pytest.mark.slow
 def test_a_run_is_let_go_of_when_it_has_ended(init):
     init(on_loop="raise")
     with clevagent.run() as outer:
@@ -1296,6 +1300,7 @@ def test_a_run_is_let_go_of_when_it_has_ended(init):
     assert [reference() for reference in references] == [None, None]
 
 
+@pytest.mark.slow
 def test_what_was_asked_and_answered_is_let_go_of(init):
     class Big:
         """What somebody's tool takes and gives."""
@@ -1369,6 +1374,7 @@ made_calls = st.builds(
 in_one_process = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 
 
+@pytest.mark.slow
 @in_one_process
 @given(st.lists(st.tuples(st.integers(0, 10**6), values), max_size=40, unique_by=lambda pair: pair[0]))
 def test_calls_that_are_all_different_never_warn(make, made):
@@ -1380,6 +1386,7 @@ def test_calls_that_are_all_different_never_warn(make, made):
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 @in_one_process
 @given(st.lists(made_calls, max_size=25), st.lists(made_calls, min_size=1, max_size=7))
 def test_a_cycle_walked_six_times_always_warns_whatever_came_before(make, before, cycle):

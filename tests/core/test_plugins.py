@@ -891,6 +891,7 @@ def test_two_watchdogs_share_nothing(make, llm, heard):
     assert (len(heard.settled), one.process_run.summary().total.calls) == (0, 0)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_that_only_some_need():
     heavy = ("langchain", "langchain_core", "httpx", "pydantic", "genai_prices", "tenacity", "rich", "click", "openai", "anthropic")
     script = f"import sys, clevagent, clevagent_core.watchdog; print([name for name in {heavy!r} if name in sys.modules])"
@@ -898,6 +899,7 @@ def test_importing_the_package_imports_nothing_that_only_some_need():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_importing_the_package_starts_no_thread_and_reads_no_settings():
     script = "import os, threading; os.environ['CLEVAGENT_NONSENSE'] = '1'; import clevagent; print(threading.active_count())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)

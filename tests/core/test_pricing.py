@@ -111,6 +111,7 @@ def assert_same(cost: int, expected: Decimal, usage: Usage) -> None:
 # -- against genai-prices ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(st.sampled_from(MODELS), usages(), st.integers(int(wall("2024-01-01")), int(wall("2027-06-01"))))
 def test_cost_is_what_genai_prices_computes(which: tuple[Provider, ModelInfo], usage: Usage, now: int) -> None:
@@ -122,6 +123,7 @@ def test_cost_is_what_genai_prices_computes(which: tuple[Provider, ModelInfo], u
         assert_same(rates.cost(usage), expected, usage)
 
 
+@pytest.mark.slow
 def test_cost_is_what_genai_prices_computes_for_every_model() -> None:
     """The same for each model of the list in turn, small and large, with every kind of cached tokens."""
     priced = 0
@@ -143,6 +145,7 @@ def test_cost_is_what_genai_prices_computes_for_every_model() -> None:
     assert priced > 6000
 
 
+@pytest.mark.slow
 def test_a_model_of_the_list_is_looked_up_as_genai_prices_does() -> None:
     """By its provider and its own name, and by its name alone; what genai-prices finds is never missed."""
     prices = PriceList(None, FakeClock(NOW))
@@ -163,6 +166,7 @@ def test_a_model_of_the_list_is_looked_up_as_genai_prices_does() -> None:
     assert found > 2000
 
 
+@pytest.mark.slow
 def test_tokens_that_may_be_images_or_video_cost_what_those_do() -> None:
     """Usage does not tell them from text, so the dearest price of the direction stands: never less than what is billed."""
     seen = 0
@@ -178,6 +182,7 @@ def test_tokens_that_may_be_images_or_video_cost_what_those_do() -> None:
     assert seen > 20
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     which=st.sampled_from([(p, m) for p, m in MODELS if "audio" in repr(m.prices)]),
@@ -218,6 +223,7 @@ def test_a_named_service_tier_costs_what_genai_prices_computes(tier: str) -> Non
     assert seen > 5
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(
     which=st.sampled_from(MODELS),
@@ -389,6 +395,7 @@ def test_a_price_by_time_of_day_changes_at_its_boundaries(now: float, input_rate
     assert (rates.tiers[0].input, rates.valid_until) == (input_rate, valid_until)
 
 
+@pytest.mark.slow
 def test_nothing_changes_before_valid_until() -> None:
     """For every conditional price of the list, the rates just before ``valid_until`` are still those."""
     for provider, model in MODELS:
@@ -635,6 +642,7 @@ def run_python(code: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_genai_prices() -> None:
     """Nor does making a list with the user's own prices and asking for one of them; ``warm`` does."""
     code = (
@@ -650,6 +658,7 @@ def test_importing_it_does_not_import_genai_prices() -> None:
     assert run_python(code).split() == ["False", "True"]
 
 
+@pytest.mark.slow
 def test_prices_need_no_network() -> None:
     """With every socket forbidden the list is complete, and no thread was started to renew it."""
     code = (

@@ -882,6 +882,7 @@ def test_what_waits_is_bounded_and_the_oldest_goes_first(make):
     assert (told[:2], told[-1], len(told)) == (["first", "5"], "1004", 1001)
 
 
+@pytest.mark.slow
 def test_the_latest_incidents_can_be_looked_up(make):
     watchdog = make()
     for number in range(150):

@@ -227,6 +227,7 @@ def test_what_is_no_ceiling_is_refused(wrong):
         Budget(**wrong)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     history=st.lists(st.integers(0, 30), min_size=10, max_size=20),

@@ -32,6 +32,7 @@ def own_signals():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_the_page_shows(page, monkeypatch, tmp_path, capsys):

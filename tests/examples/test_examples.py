@@ -55,6 +55,7 @@ def test_every_example_is_in_the_readme():
     assert [name for name in EXAMPLES if f"examples/{name}.py" not in readme] == []
 
 
+@pytest.mark.slow
 def test_heartbeat_loops(play):
     assert play("heartbeat_loops") == snapshot("""\
 collector: 3 steps, 0 tokens, $0.0000, ended by a shutdown
@@ -63,6 +64,7 @@ listener: 3 steps, 0 tokens, $0.0000, ended by a shutdown
 """)
 
 
+@pytest.mark.slow
 def test_zombie(play):
     assert play("zombie") == snapshot("""\
 stall: nothing has moved in 'fetch'; stuck in fetch()
@@ -70,6 +72,7 @@ health check: ok
 """)
 
 
+@pytest.mark.slow
 def test_react_agent(play):
     assert play("react_agent") == snapshot("""\
 The agent says: The documents that I searched say nothing about shipments from Lyon.
@@ -83,6 +86,7 @@ The provider received 9 requests and billed $0.000968.
 """)
 
 
+@pytest.mark.slow
 def test_agent_executor(play):
     assert play("agent_executor") == snapshot("""\
 Stopped: A call of the tool 'temperature' was refused ...
@@ -97,6 +101,7 @@ The provider received 4 requests and billed $0.000237.
 """)
 
 
+@pytest.mark.slow
 def test_own_plugin(play):
     assert play("own_plugin") == snapshot("""\
 diary: 1 calls, $0.0030, 0 refused
@@ -105,6 +110,7 @@ diary: 0 calls, $0.0000, 1 refused
 """)
 
 
+@pytest.mark.slow
 def test_two_node_graph(play):
     assert play("two_node_graph") == snapshot("""\
 Stopped: The node 'write' was not started ...
@@ -120,6 +126,7 @@ The provider received 6 requests and billed $0.000085.
 """)
 
 
+@pytest.mark.slow
 def test_graph_that_asks(play):
     assert play("graph_that_asks") == snapshot("""\
 3 chapters. The graph asks: ...
@@ -128,6 +135,7 @@ The provider received 6 requests and billed $0.000376.
 """)
 
 
+@pytest.mark.slow
 def test_raw_client(play):
     assert play("raw_client") == snapshot("""\
 Stopped: A model call to 'gpt-4o-mini' was refused ...

@@ -102,6 +102,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ENDS)
 def test_a_crash_is_told_once_and_everything_else_is_as_without_us(run, how):
     code, told, status = ENDS[how]
@@ -127,6 +128,7 @@ print(end="")
 """
 
 
+@pytest.mark.slow
 def test_a_task_that_nobody_awaits_is_told_and_still_written_to_stderr_by_the_handler_of_last_resort(run):
     with_us, without = run(TASK), run(TASK, ours="")
     assert with_us[:2] == without[:2]
@@ -134,6 +136,7 @@ def test_a_task_that_nobody_awaits_is_told_and_still_written_to_stderr_by_the_ha
     assert json.loads(with_us[2]) == of("asyncio task", "LookupError")
 
 
+@pytest.mark.slow
 def test_what_else_is_logged_by_asyncio_is_no_crash_and_reaches_its_handlers(run):
     code = """
     import ours, logging

@@ -135,6 +135,7 @@ def test_without_the_plugin_there_are_no_beats_and_all_else_works(make, clock, l
     assert (listener.beats, watchdog.flush()) == ([], 0)
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_nobody_names_any_more_takes_its_beats_along():
     watchdog = Watchdog()
     ping(watchdog.process_run)

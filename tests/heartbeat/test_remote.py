@@ -147,6 +147,7 @@ NAMES = st.sampled_from([field.name for field in dataclasses.fields(Budget)])
 BASELINE = st.fixed_dictionaries({}, optional=dict.fromkeys(("median", "spread", "samples"), ODD))
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries(
         {},

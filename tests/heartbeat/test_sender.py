@@ -122,6 +122,7 @@ def endless():
         thread.join()
 
 
+@pytest.mark.slow
 def test_an_answer_without_end_is_not_read_to_its_end(make, endless):
     sender = make(endpoint=endless)
     for seq in (1, 2, 3):
@@ -247,6 +248,7 @@ def test_an_outage_is_told_once_and_its_end_once(make, receiver, caplog):
     assert said == ["Heartbeats cannot be delivered", "Heartbeats are delivered again."]
 
 
+@pytest.mark.slow
 def test_a_full_queue_drops_the_oldest_and_counts_them(make, receiver):
     receiver.react(hang=True)
     sender = make()
@@ -268,6 +270,7 @@ TROUBLES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_spool", [True, False])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(troubles=st.lists(TROUBLES, min_size=1, max_size=12), restart=st.booleans())
@@ -344,6 +347,7 @@ def test_a_receiver_that_never_answers_holds_the_end_up_to_the_deadline_only(mak
     assert len(spool_at(path, boot="boot-2")) == 1
 
 
+@pytest.mark.slow
 def test_a_try_that_fails_only_after_the_stop_is_no_reason_to_give_up(make, receiver):
     receiver.react(status=503, delay_s=0.3, times=1)
     sender = make()
@@ -401,6 +405,7 @@ def test_a_spool_that_is_dropped_closes_its_connection(path):
         connection.execute("SELECT 1")
 
 
+@pytest.mark.slow
 def test_a_full_spool_lets_the_oldest_go_and_tells_how_many(path):
     spool = spool_at(path)
     assert spool.put([beat(seq) for seq in range(1, MOST_ROWS + 1)]) == 0
@@ -467,6 +472,7 @@ def test_where_the_spool_cannot_be_written_beats_wait_in_memory(make, receiver, 
     assert len([record for record in caplog.records if "cannot be used" in record.message]) == 1
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_agent_goes_on_and_what_is_lost_is_told_in_the_next_beat(receiver, tmp_path):
     """In a process of its own, which may write files of no size at all."""
     receiver.react(status=503)
@@ -492,6 +498,7 @@ def test_on_a_full_disk_the_agent_goes_on_and_what_is_lost_is_told_in_the_next_b
     assert [beat["seq"] for beat in receiver.beats] == list(range(1, len(receiver.beats) + 1))
 
 
+@pytest.mark.slow
 def test_nothing_of_http_is_imported_before_a_monitor_is_named():
     code = "import sys, clevagent; clevagent.init(); clevagent.ping(); print([name for name in ('httpx', 'tenacity', 'sqlite3') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -327,6 +327,7 @@ EXIT = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_exit_tells_and_ends_the_process_with_a_status_of_its_own():
     ended = subprocess.run(
         [sys.executable, "-c", EXIT.replace("DRY", "").replace("WAIT", "None")],
@@ -341,6 +342,7 @@ def test_exit_tells_and_ends_the_process_with_a_status_of_its_own():
     assert "The process is ended with status 75" in ended.stderr
 
 
+@pytest.mark.slow
 def test_exit_in_a_dry_run_only_tells():
     code = EXIT.replace("DRY", "dry_run=True").replace("WAIT", "2")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -202,6 +202,7 @@ def test_detached_by_shutdown(provider, chat):
     assert provider.request_count == 4
 
 
+@pytest.mark.slow
 def test_attached_again_after_a_shutdown_starts_anew_and_adds_no_hook(provider, chat):
     from langchain_core.tracers.context import _configure_hooks
 
@@ -252,6 +253,7 @@ def test_runs_of_each_watchdog_are_its_own(provider, chat, watchdog):
     assert right.process_run.summary().total.calls == 2
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_was_shut_down_is_let_go(watchdog):
     from clevagent_core.watchdog import Watchdog
 
@@ -275,6 +277,7 @@ def test_an_unknown_framework_is_told():
         clevagent.init(attach=["langchian"])
 
 
+@pytest.mark.slow
 def test_the_framework_is_imported_only_when_it_is_attached():
     script = (
         "import sys, clevagent\n"
@@ -287,6 +290,7 @@ def test_the_framework_is_imported_only_when_it_is_attached():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_without_langchain_attaching_tells_what_to_install():
     script = (
         "import sys\n"

@@ -66,6 +66,7 @@ def test_a_request_without_a_mark_is_reserved_at_the_plain_rate(asks):
     assert not asks([HumanMessage("Say cache_control.")])
 
 
+@pytest.mark.slow
 def test_what_is_charged_at_its_bound_uses_the_whole_ceiling(anthropic, provider):
     """Streams that are broken off tell no usage: ten of them fit a ceiling for ten."""
     call = len(b"Hello there") * 3_000_000 + 50 * 15_000_000

@@ -237,6 +237,7 @@ def test_the_ceiling_holds_and_is_used(setting, call, aio):
         assert setting.utilisation() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
 def test_beside_an_attached_handler_a_call_is_counted_once(setting, call, aio):
     handler = ClevAgentCallbackHandler()
@@ -245,6 +246,7 @@ def test_beside_an_attached_handler_a_call_is_counted_once(setting, call, aio):
     assert setting.utilisation() >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0.01, 0.3, 0.99])
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
 def test_a_ceiling_below_one_call_holds(setting, calls, call, aio):
@@ -312,6 +314,7 @@ def failing_consumers(model, aio):
 BROKEN = [broken_streams, broken_streams_in_threads, broken_astreams, forgotten_astreams, failing_consumers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", BROKEN, ids=lambda call: call.__name__)
 def test_broken_off_streams_hold_the_ceiling(setting, call, aio):
     setting.provider.reset([Reply(text="one two three four", chunks=4, chunk_delay_s=0.002)])
@@ -325,6 +328,7 @@ def test_broken_off_streams_hold_the_ceiling(setting, call, aio):
 # -- fallbacks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_the_primary_is_guarded_by_hand(setting, aio):
     chain = setting.guarded().with_fallbacks([setting.plain()])
     with setting.run():
@@ -351,6 +355,7 @@ PRIMARIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", PRIMARIES.values(), ids=PRIMARIES)
 def test_fallbacks_of_what_is_made_from_a_guarded_model_are_guarded(limited, wrap):
     primary, fallback = wrap(limited.guarded(), limited.plain())
@@ -388,6 +393,7 @@ def streamed(model, aio):
     in_threads(lambda: list(model.stream(PROMPT)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     "call",
@@ -415,6 +421,7 @@ def test_faults_and_sdk_retries_hold_the_ceiling(setting, fault, call, aio, fast
         assert run.summary().calls_charged_at_bound == 0
 
 
+@pytest.mark.slow
 def test_each_attempt_after_a_timeout_is_reserved_for(limited, fast_retries):
     limited.provider.reset([Reply(hang=True)])
     with limited.run() as run:
@@ -423,6 +430,7 @@ def test_each_attempt_after_a_timeout_is_reserved_for(limited, fast_retries):
     assert run.summary().calls_charged_at_bound == 3
 
 
+@pytest.mark.slow
 def test_retry_after_is_waited_for_and_the_answer_comes(limited):
     limited.provider.reset([Reply(status=429, headers={"Retry-After": "0.05"}), Reply(text="there")])
     with limited.run() as run:
@@ -468,6 +476,7 @@ async def cancelled_batch(model):
         await model.abatch([PROMPT] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [cancelled, waited_for, timed_out, timed_out_stream, cancelled_batch], ids=lambda one: one.__name__)
 def test_cancelled_calls_are_charged(setting, one, aio):
     setting.provider.reset([Reply(delay_s=0.2, text="one two three four", chunks=4)])
@@ -483,6 +492,7 @@ def test_cancelled_calls_are_charged(setting, one, aio):
     assert setting.provider.billed_pico > 0
 
 
+@pytest.mark.slow
 def test_cancelled_while_waiting_for_held_money_leaves_nothing_held(limited, aio):
     limited.provider.reset([Reply(delay_s=0.2)])
     model = limited.guarded()

@@ -153,6 +153,7 @@ def test_each_way_is_refused_and_sends_nothing(way, make, provider, aio):
     assert provider.request_count == 0
 
 
+@pytest.mark.slow
 def test_an_attached_process_counts_guarded_calls_once(make, provider, aio):
     watchdog = clevagent.init(attach=["langchain"], budgets=[Budget(usd=USD, per="lifetime")])
     model = clevagent.guard(make())
@@ -178,6 +179,7 @@ def test_v3_events(chat, counted, aio):
     counted(lambda: aio(events(model)), calls=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("include_raw", [False, True])
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_structured_output(method, include_raw, chat, counted, provider, aio):
@@ -206,6 +208,7 @@ def agent_replies(body):
     return Reply(text="done") if asked else Reply(text="", tool_calls=[("lookup", {"word": "x"})])
 
 
+@pytest.mark.slow
 def test_agents(make, counted, provider, aio):
     provider.reset(agent_replies)
     agent = create_agent(clevagent.guard(make()), [lookup])
@@ -250,6 +253,7 @@ def test_raw_threads_within_a_run(make, counted):
     counted(work, calls=8)
 
 
+@pytest.mark.slow
 def test_a_rate_limiter_is_asked_once_a_call(chat, counted):
     class Counting(InMemoryRateLimiter):
         asked = 0
@@ -705,6 +709,7 @@ def test_no_connection_costs_nothing(chat, anthropic, aio):
         assert run.summary().calls_charged_at_bound == 0
 
 
+@pytest.mark.slow
 def test_what_the_caller_was_handling_does_not_make_a_timeout_free(chat, provider):
     clevagent.init()
     provider.reset([Reply(hang=True)])

@@ -242,6 +242,7 @@ def play(seed, aio, *, threads=8, tasks=4, calls=5):
         assert [error for error in others if not isinstance(error, (TimeoutError, UserWarning))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_hush")
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 12))])
 def test_the_ceiling_holds_whatever_happens(seed, aio):

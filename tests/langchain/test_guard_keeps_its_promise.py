@@ -30,6 +30,7 @@ class Box:
     """Something that only the garbage collector frees."""
 
 
+@pytest.mark.slow
 def test_a_stream_that_the_garbage_collector_closes_inside_the_ledger_is_charged(provider, chat, monkeypatch):
     """The collector may run at any allocation, also while this thread holds the ledger's lock."""
     model = clevagent.guard(chat(max_tokens=50))
@@ -79,6 +80,7 @@ def test_text_longer_than_the_listed_context_window_is_bounded_by_its_bytes(anth
     assert stop.value.needed > 1_500_000 * 3e-6
 
 
+@pytest.mark.slow
 def test_retries_switched_on_after_guarding_are_still_ours(anthropic):
     model = clevagent.guard(anthropic(max_tokens=400, max_retries=0))
     with LoopbackProvider([Reply(drop="before")]) as provider:

@@ -108,6 +108,7 @@ def test_a_limit_that_fits_is_sent_as_it_is(chat, anthropic, provider, under):
     assert limits(under(1, lambda: clevagent.guard(anthropic(max_tokens=300)).invoke("Hello"))) == {"max_tokens": 300}
 
 
+@pytest.mark.slow
 def test_without_a_ceiling_the_request_is_the_plain_one(chat, anthropic, provider):
     clevagent.init()
     for plain in (chat(), chat(max_tokens=7), chat(use_responses_api=True), anthropic(), anthropic(max_tokens=9)):
@@ -160,6 +161,7 @@ CALL_TIME = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"max_tokens": 300}, {"max_tokens": 300, "extra_body": {"max_tokens": 9000}}])
 @pytest.mark.parametrize("asked", CALL_TIME, ids=str)
 def test_openai_limits_of_a_call_hold_the_ceiling(own, asked, chat, under):
@@ -171,6 +173,7 @@ def test_openai_limits_of_a_call_hold_the_ceiling(own, asked, chat, under):
     under("0.05", lambda: model.bind(**asked).invoke("Hello"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"max_tokens": 300}, {"extra_body": {"max_output_tokens": 9000}}])
 @pytest.mark.parametrize("asked", [*CALL_TIME, {"max_output_tokens": 9000}, {"extra_body": {"max_output_tokens": 9000}}], ids=str)
 def test_responses_limits_of_a_call_hold_the_ceiling(own, asked, chat, under):
@@ -189,6 +192,7 @@ def test_anthropic_limits_of_a_call_hold_the_ceiling(own, asked, anthropic, unde
     under("0.05", lambda: list(model.stream("Hello", **asked)))
 
 
+@pytest.mark.slow
 def test_a_limit_is_sent_unchanged_however_it_was_given(chat, anthropic, provider, under):
     for model, asked, limit in (
         (chat(max_tokens=300), {"max_tokens": 20}, 20),
@@ -237,6 +241,7 @@ def test_structured_output_keeps_its_limit_or_is_refused(method, chat, under, pr
     assert provider.request_count == 0
 
 
+@pytest.mark.slow
 def test_structured_output_without_a_limit_gets_room(chat, anthropic, under, provider):
     provider.reset([Reply(text="", tool_calls=[("Answer", {"text": "x"})])])
     for model in (chat(), anthropic()):
@@ -248,6 +253,7 @@ def test_structured_output_without_a_limit_gets_room(chat, anthropic, under, pro
         assert provider.request_count in {0, count}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["lookup", "any", True])
 def test_a_tool_that_must_be_called_keeps_its_limit(choice, chat, anthropic, under, provider):
     provider.reset([Reply(text="", tool_calls=[("lookup", {"word": "x"})])])
@@ -304,6 +310,7 @@ OPENAI_TEXT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPENAI_TEXT)
 def test_all_that_openai_bills_as_input_is_bounded(name, chat, under, provider):
     own, messages, asked = OPENAI_TEXT[name]
@@ -333,6 +340,7 @@ def model_bound(model, messages, asked):
     return bounds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"use_responses_api": True}])
 def test_a_strict_schema_is_bounded_as_it_is_sent(own, chat, under, provider):
     leaf = '{"one": {}, "two": {}, "three": {}}'
@@ -366,6 +374,7 @@ def test_the_model_that_is_billed_is_the_one_that_is_sent(asked, chat, under, pr
     assert provider.billed_pico == 5 * 2_500_000 + 300 * 10_000_000
 
 
+@pytest.mark.slow
 def test_an_image_counts_as_the_context_window(chat, under, provider):
     model = clevagent.guard(chat(max_tokens=300))
     message = HumanMessage([{"type": "text", "text": "Look"}, IMAGE])

@@ -154,6 +154,7 @@ class Measured:
         return self.provider.billed_pico / self.ceiling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.8, *(pytest.param(share, marks=pytest.mark.slow) for share in (1.0, 1.5, 2.5))])
 def test_growing_histories_one_after_another(share, kind, model, provider):
     whole = cost_of(model, kind, provider, 1)
@@ -165,6 +166,7 @@ def test_growing_histories_one_after_another(share, kind, model, provider):
     assert measured.utilisation >= 0.8
 
 
+@pytest.mark.slow
 def test_short_prompts_one_after_another(kind, model, provider):
     whole = cost_of(model, kind, provider, 40, turns=1)
     guarded = clevagent.guard(model)
@@ -175,6 +177,7 @@ def test_short_prompts_one_after_another(kind, model, provider):
     assert measured.utilisation >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.5, pytest.param(3, marks=pytest.mark.slow)])
 def test_eight_conversations_at_once_in_threads(share, kind, model, provider):
     whole = cost_of(model, kind, provider, 1)

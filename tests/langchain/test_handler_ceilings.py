@@ -75,6 +75,7 @@ def test_one_after_the_other_at_anthropic(provider, anthropic, watchdog, balance
     assert 0.9 * bound <= provider.billed_pico == balance(one).spent <= bound
 
 
+@pytest.mark.slow
 def test_tasks(aio, chat, config, holds):
     async def work():
         model = chat(max_tokens=LIMIT)
@@ -85,6 +86,7 @@ def test_tasks(aio, chat, config, holds):
     holds()
 
 
+@pytest.mark.slow
 def test_tasks_of_chains(aio, chat, config, holds):
     async def work():
         chain = chat(max_tokens=LIMIT) | StrOutputParser()
@@ -94,6 +96,7 @@ def test_tasks_of_chains(aio, chat, config, holds):
     holds()
 
 
+@pytest.mark.slow
 def test_threads(chat, config, holds):
     model, went = chat(max_tokens=LIMIT), []
     barrier = threading.Barrier(TRIED)
@@ -111,18 +114,21 @@ def test_threads(chat, config, holds):
     holds()
 
 
+@pytest.mark.slow
 def test_batch(chat, config, holds):
     answers = chat(max_tokens=LIMIT).batch([PROMPT] * TRIED, {**config, "max_concurrency": 20}, return_exceptions=True)
     assert sum(isinstance(answer, BudgetExceeded) for answer in answers) == TRIED - FITS
     holds()
 
 
+@pytest.mark.slow
 def test_abatch(aio, chat, config, holds):
     answers = aio(chat(max_tokens=LIMIT).abatch([PROMPT] * TRIED, config, return_exceptions=True))
     assert sum(isinstance(answer, BudgetExceeded) for answer in answers) == TRIED - FITS
     holds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_async", [False, True])
 def test_fan_out(aio, chat, config, holds, is_async):
     model = chat(max_tokens=LIMIT)
@@ -157,6 +163,7 @@ def test_streams_that_are_broken_off(provider, chat, config, holds, stream_usage
     holds(exact=False)
 
 
+@pytest.mark.slow
 def test_async_streams_that_are_broken_off(aio, provider, chat, config, holds):
     provider.reset([Reply(text="0123456789", chunks=10)])
     model = chat(max_tokens=LIMIT)
@@ -201,6 +208,7 @@ def test_calls_that_are_cancelled(aio, provider, chat, one, config, balance):
     assert balance(one).held == 0
 
 
+@pytest.mark.slow
 def test_with_retry_and_with_fallbacks(chat, config, holds):
     target = chat(max_tokens=LIMIT).with_retry(stop_after_attempt=2, wait_exponential_jitter=False)
     target = target.with_fallbacks([chat(max_tokens=LIMIT)])

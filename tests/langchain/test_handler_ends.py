@@ -162,6 +162,7 @@ def test_nobody_listens_costs_nothing(aio, chat, config, ends, is_async):
 # -- charged --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("reply", [Reply(hang=True), Reply(drop="before"), Reply(drop="middle")], ids=["hang", "before", "middle"])
 def test_a_timeout_or_a_dropped_connection_may_have_been_billed(aio, provider, chat, config, ends, is_async, reply):
@@ -223,6 +224,7 @@ def test_a_stream_that_drops_in_the_middle_is_charged(aio, provider, chat, confi
     assert spent >= provider.billed_pico > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["close", "break", "collect", "raise"])
 def test_a_stream_broken_off_is_charged(provider, chat, config, ends, how):
     provider.reset([Reply(text="0123456789", chunks=10)])
@@ -276,6 +278,7 @@ def test_a_stream_that_was_never_begun_costs_nothing(provider, chat, config, end
     assert ends() == (0, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_langchain_drains_a_closed_chain_stream_to_its_end_and_it_is_settled(provider, chat, config, balance, one):
     provider.reset([Reply(text="0123456789", chunks=10)])
     stream = (chat(max_tokens=9, stream_usage=True) | StrOutputParser()).stream("Hello", config)
@@ -395,6 +398,7 @@ def test_or_at_the_end_of_the_chain_around_it(aio, provider, chat, one, config, 
     assert tracker_of(one).size() == 0
 
 
+@pytest.mark.slow
 def test_a_call_given_up_inside_a_node_that_goes_on_is_charged_at_the_end_of_the_node(aio, provider, chat, one, config, balance):
     provider.reset([Reply(hang=True), Reply()])
     held = []
@@ -422,6 +426,7 @@ def test_a_call_given_up_inside_a_node_that_goes_on_is_charged_at_the_end_of_the
     assert balance(one).spent >= provider.billed_pico > 0
 
 
+@pytest.mark.slow
 def test_a_chain_stream_that_is_closed(aio, provider, chat, clocked, balance):
     """Nothing is told when it is closed; where the loop lives on, the generators inside are closed by it, and tell."""
     clock, one = clocked
@@ -441,6 +446,7 @@ def test_a_chain_stream_that_is_closed(aio, provider, chat, clocked, balance):
     assert balance(one).spent >= provider.billed_pico > 0
 
 
+@pytest.mark.slow
 @both
 def test_v3_events_that_are_abandoned(aio, provider, chat, clocked, balance, is_async):
     clock, one = clocked
@@ -641,6 +647,7 @@ def test_a_graph_that_is_interrupted_and_resumed(aio, provider, chat, one, confi
 # -- nothing piles up -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_remembered_of_what_has_ended(aio, provider, chat, one, config):
     model = chat(max_tokens=9)
     chain = RunnableLambda(lambda text: text) | model | StrOutputParser()
@@ -654,6 +661,7 @@ def test_nothing_is_remembered_of_what_has_ended(aio, provider, chat, one, confi
     assert not one._active
 
 
+@pytest.mark.slow
 def test_what_no_end_is_told_of_is_forgotten_once_it_was_charged(aio, provider, chat, clocked):
     """Entries that runs or time have closed are swept out, so that a service that cancels does not grow."""
     from clevagent_langchain import handler as module
@@ -683,6 +691,7 @@ def test_a_refusal_leaves_nothing_behind(aio, provider, chat, watchdog):
     assert one.ledger.holds() == []
 
 
+@pytest.mark.slow
 def test_calls_from_many_threads_end_in_order(provider, chat, one, config, ends):
     model = chat(max_tokens=9)
     chain = RunnableLambda(lambda text: text) | model

@@ -195,6 +195,7 @@ def test_what_is_counted_does_not_stand_in_the_handler(provider, chat, watchdog)
     assert provider.request_count == 2
 
 
+@pytest.mark.slow
 def test_the_first_use_of_one_handler_by_many_threads(provider, chat, watchdog, balance):
     for _ in range(5):
         one = watchdog(budgets=[MONEY])

@@ -288,6 +288,7 @@ def fan_out(model, width):
     return builder.compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [invoke, ainvoke])
 def test_fan_out_of_fifty_sends_no_more_than_fit(aio, provider, chat, watchdog, way):
     handler = ClevAgentCallbackHandler(watchdog=watchdog(budgets=[Budget(llm_calls=10)]))

@@ -93,6 +93,7 @@ def door(request):
 # -- stopped ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @ways
 def test_an_agent_that_asks_for_the_same_tool_for_ever_is_stopped(aio, provider, model, door, way):
     provider.reset(again())
@@ -105,6 +106,7 @@ def test_an_agent_that_asks_for_the_same_tool_for_ever_is_stopped(aio, provider,
     assert caught.value.incident.details["calls"] == ["tool 'search'"]
 
 
+@pytest.mark.slow
 @ways
 def test_by_default_it_is_told_and_goes_on(aio, provider, chat, door, way):
     provider.reset([*again() * 9, Reply(text="I give up.")])
@@ -118,6 +120,7 @@ def test_by_default_it_is_told_and_goes_on(aio, provider, chat, door, way):
     assert {incident.action for incident in told(default.current())} == {"warn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_guarded_model_alone_is_stopped_by_what_it_is_asked_and_answers(aio, provider, model, is_async):
     """No handler sees the tools, so the loop shows in the model's calls only."""
@@ -131,6 +134,7 @@ def test_a_guarded_model_alone_is_stopped_by_what_it_is_asked_and_answers(aio, p
     assert caught.value.incident.details["calls"][0].startswith("model ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_agent_that_streams_is_stopped_by_what_its_model_answers(aio, provider, chat, streaming):
     provider.reset(again(text="Let me look."))
@@ -141,6 +145,7 @@ def test_an_agent_that_streams_is_stopped_by_what_its_model_answers(aio, provide
     assert provider.request_count == 6
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_invoked_again_after_the_stop_begins_anew(provider, chat):
     provider.reset(again())
     clevagent.init(on_loop="raise", attach=["langchain"])
@@ -151,6 +156,7 @@ def test_an_agent_that_is_invoked_again_after_the_stop_begins_anew(provider, cha
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_in_a_run_of_ours_the_stop_holds_until_it_is_forgiven(provider, chat):
     provider.reset(again())
     clevagent.init(on_loop="raise", attach=["langchain"])
@@ -184,6 +190,7 @@ def test_fallbacks_and_retries_do_not_go_round_the_stop(provider, chat):
     assert provider.request_count == 5
 
 
+@pytest.mark.slow
 def test_a_graph_whose_nodes_swallow_errors_sends_nothing_more(provider, chat):
     provider.reset([Reply(text="Let me think.", output_tokens=1)])
     clevagent.init(on_loop="raise", attach=["langchain"])
@@ -224,6 +231,7 @@ def tools_of(watchdog):
     ]
 
 
+@pytest.mark.slow
 def test_a_tool_that_answers_with_an_error_is_found(provider, chat):
     @tool
     def search(query: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> ToolMessage:
@@ -233,6 +241,7 @@ def test_a_tool_that_answers_with_an_error_is_found(provider, chat):
     assert tools_of(run_tool_loop(provider, chat, search)) == [("same call and result", ["tool 'search'"])]
 
 
+@pytest.mark.slow
 def test_the_same_error_to_new_arguments_is_found(provider, chat):
     @tool
     def search(query: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> ToolMessage:
@@ -243,6 +252,7 @@ def test_the_same_error_to_new_arguments_is_found(provider, chat):
     assert ("same failure", ["tool 'search'"]) in tools_of(run_tool_loop(provider, chat, search, replies=replies))
 
 
+@pytest.mark.slow
 def test_a_tool_that_raises_is_found(provider, chat):
     @tool
     def search(query: str) -> str:
@@ -277,6 +287,7 @@ def test_a_tool_whose_exception_the_graph_catches_is_found(aio, provider, chat, 
     assert provider.request_count == 5
 
 
+@pytest.mark.slow
 def test_a_tool_whose_results_change_is_polled_and_no_loop(provider, chat):
     states = iter(range(100))
 
@@ -288,6 +299,7 @@ def test_a_tool_whose_results_change_is_polled_and_no_loop(provider, chat):
     assert told(run_tool_loop(provider, chat, search, settings={"on_loop": "raise"})) == []
 
 
+@pytest.mark.slow
 def test_blocks_with_ids_of_their_own_are_the_same_result(provider, chat):
     """As adapters for MCP give them: LangChain makes an id for each block."""
 
@@ -300,6 +312,7 @@ def test_blocks_with_ids_of_their_own_are_the_same_result(provider, chat):
     assert tools_of(run_tool_loop(provider, chat, search)) == [("same call and result", ["tool 'search'"])]
 
 
+@pytest.mark.slow
 def test_what_the_graph_injects_is_no_part_of_the_arguments(provider, chat):
     @tool
     def search(query: str, state: Annotated[dict, InjectedState], tool_call_id: Annotated[str, InjectedToolCallId]) -> str:
@@ -309,6 +322,7 @@ def test_what_the_graph_injects_is_no_part_of_the_arguments(provider, chat):
     assert tools_of(run_tool_loop(provider, chat, search)) == [("same call and result", ["tool 'search'"])]
 
 
+@pytest.mark.slow
 def test_a_tool_that_gives_nothing_back_is_found(provider, chat):
     @tool
     def search(query: str) -> None:
@@ -317,6 +331,7 @@ def test_a_tool_that_gives_nothing_back_is_found(provider, chat):
     assert tools_of(run_tool_loop(provider, chat, search)) == [("same call and result", ["tool 'search'"])]
 
 
+@pytest.mark.slow
 def test_a_tool_that_is_called_without_an_agent_is_found_in_its_run():
     watchdog = clevagent.init(attach=["langchain"])
 
@@ -371,6 +386,7 @@ def test_a_streamed_answer_looks_like_the_same_answer_whole(provider, model, nam
     assert message_of(answer_of(ChatResult(generations=[ChatGeneration(message=merged)]))) == message_of(whole)
 
 
+@pytest.mark.slow
 def test_answers_that_differ_look_different(provider, chat):
     seen = set()
     for reply in ANSWERS.values():
@@ -409,6 +425,7 @@ def test_chunks_without_an_index_are_calls_of_their_own():
 # -- healthy ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @ways
 def test_an_agent_of_twelve_different_steps_is_no_loop(aio, provider, model, door, way):
     provider.reset([*[reply for number in range(12) for reply in again(query=f"part {number}")], Reply(text="done")])
@@ -417,6 +434,7 @@ def test_an_agent_of_twelve_different_steps_is_no_loop(aio, provider, model, doo
     assert provider.request_count == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["batch", "abatch", "loop", "batch in a run", "map"])
 def test_one_prompt_over_many_inputs_is_no_loop(aio, provider, chat, door, way):
     provider.reset([Reply(text="no", output_tokens=1)])
@@ -442,6 +460,7 @@ def test_one_prompt_over_many_inputs_is_no_loop(aio, provider, chat, door, way):
     assert provider.request_count == 30
 
 
+@pytest.mark.slow
 def test_greetings_to_a_bare_model_are_no_loop(provider, chat, door):
     provider.reset([Reply(text="Hello!", output_tokens=1)])
     through, config = door(on_loop="raise")
@@ -452,6 +471,7 @@ def test_greetings_to_a_bare_model_are_no_loop(provider, chat, door):
     assert provider.request_count == 40
 
 
+@pytest.mark.slow
 def test_greetings_to_a_chain_are_no_loop(provider, chat, door):
     provider.reset([Reply(text="Hello!", output_tokens=1)])
     through, config = door(on_loop="raise")
@@ -461,6 +481,7 @@ def test_greetings_to_a_chain_are_no_loop(provider, chat, door):
     assert provider.request_count == 20
 
 
+@pytest.mark.slow
 def test_votes_taken_side_by_side_are_no_loop(aio, provider, chat, door):
     provider.reset([Reply(text="10", output_tokens=1, delay_s=0.05)])
     through, config = door(on_loop="raise")

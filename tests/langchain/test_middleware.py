@@ -152,6 +152,7 @@ def test_the_closing_call_is_clamped_to_what_is_kept(provider, chat, watchdog):
     assert provider.billed_usd <= 0.05
 
 
+@pytest.mark.slow
 @both
 def test_what_is_kept_may_be_too_little(aio, provider, chat, watchdog, is_async):
     provider.reset(searching)
@@ -166,6 +167,7 @@ def test_what_is_kept_may_be_too_little(aio, provider, chat, watchdog, is_async)
     assert state["messages"][-1].text.startswith("I stopped here")
 
 
+@pytest.mark.slow
 @both
 def test_a_closing_call_that_fails_is_replaced_by_a_plain_message(aio, provider, chat, watchdog, is_async):
     provider.reset(lambda body: Reply(status=400) if is_closing(body) else searching(body))
@@ -176,6 +178,7 @@ def test_a_closing_call_that_fails_is_replaced_by_a_plain_message(aio, provider,
     assert state["messages"][-1].text.startswith("I stopped here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "starts"), [("That is all.", "That is all."), ("", "I stopped here")])
 def test_a_closing_message_asks_for_no_tools_whatever_the_model_does(provider, chat, watchdog, text, starts):
     provider.reset(
@@ -213,6 +216,7 @@ def test_the_other_middleware_hears_of_the_end(provider, chat, watchdog):
     assert (first.heard, last.heard, provider.request_count) == (1, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_closed_agent_that_is_sent_back_to_its_model_spends_nothing(provider, chat, watchdog):
     """Other middleware may insist: it gets the same answer, from nobody."""
 
@@ -234,6 +238,7 @@ def test_a_closed_agent_that_is_sent_back_to_its_model_spends_nothing(provider, 
     assert [message.text[:14] for message in state["messages"][-4:]] == ["Nothing was fo", *["I stopped here"] * 3]
 
 
+@pytest.mark.slow
 @both
 def test_on_request_the_ceiling_is_raised(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(searching)
@@ -267,6 +272,7 @@ def test_a_budget_that_only_warns_ends_nothing(provider, chat, watchdog):
     assert (provider.request_count, state["messages"][-1].text) == (3, "done")
 
 
+@pytest.mark.slow
 def test_nothing_is_stopped_in_a_dry_run(provider, chat, watchdog):
     provider.reset([*[Reply(text="", tool_calls=[("search", {"query": "a"})])] * 7, Reply(text="done")])
     ours = BudgetMiddleware(budgets=[Budget(llm_calls=1), Budget(tool_calls=1)], watchdog=watchdog(dry_run=True))
@@ -316,6 +322,7 @@ def test_below_the_ceiling_a_response_format_works_as_ever(provider, chat, watch
 # -- ways to run an agent -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_ceiling_of_the_process_holds_for_twenty_threads(provider, chat, watchdog):
     provider.reset(searching)
     one = watchdog(budgets=[Budget(usd=0.10, per="lifetime")], wait_s=30)
@@ -330,6 +337,7 @@ def test_a_ceiling_of_the_process_holds_for_twenty_threads(provider, chat, watch
     assert not one._active
 
 
+@pytest.mark.slow
 def test_a_ceiling_of_the_process_holds_for_twenty_tasks(aio, provider, chat, watchdog, runs):
     provider.reset(searching)
     one = watchdog(budgets=[Budget(usd=0.10, keep_usd=0.03, per="lifetime")], wait_s=30, plugins=[runs])
@@ -342,6 +350,7 @@ def test_a_ceiling_of_the_process_holds_for_twenty_tasks(aio, provider, chat, wa
     assert sum(summary.total.calls for summary in runs.ended) == provider.request_count
 
 
+@pytest.mark.slow
 @both
 def test_each_invocation_has_a_ceiling_of_its_own(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(searching)
@@ -355,6 +364,7 @@ def test_each_invocation_has_a_ceiling_of_its_own(aio, provider, chat, watchdog,
     assert [summary.total.calls for summary in runs.ended] == [3] * 5
 
 
+@pytest.mark.slow
 @both
 def test_streams_of_messages_tell_the_closing_one_too(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(searching)
@@ -442,6 +452,7 @@ def test_attachment_to_everything_counts_nothing_twice(provider, chat):
     assert provider.request_count == 3
 
 
+@pytest.mark.slow
 @both
 def test_a_ceiling_of_the_run_around_ends_the_agent_gracefully(aio, provider, chat, watchdog, is_async):
     provider.reset(searching)
@@ -463,6 +474,7 @@ def test_budgets_of_the_guarded_model_hold_too(provider, chat, watchdog):
     assert_valid(state["messages"])
 
 
+@pytest.mark.slow
 def test_money_that_the_guarded_model_keeps_pays_for_the_closing_message(provider, chat, watchdog):
     provider.reset(searching)
     one = watchdog()
@@ -558,6 +570,7 @@ def test_what_to_install_is_told_where_langchain_is_missing(monkeypatch):
         _ = published.Missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["clevagent_langchain", "clevagent.integrations.langchain"])
 def test_importing_the_package_imports_no_agents(module):
     """They take a second or two, and the extra does not bring them."""
@@ -588,6 +601,7 @@ def test_a_model_without_a_price_is_an_error_not_an_end(provider, chat, watchdog
     assert provider.request_count == 0
 
 
+@pytest.mark.slow
 def test_a_failing_provider_fails_as_without_us(provider, chat, watchdog, runs):
     provider.reset([Reply(status=400)])
     one = watchdog(plugins=[runs])
@@ -602,6 +616,7 @@ def test_a_failing_provider_fails_as_without_us(provider, chat, watchdog, runs):
 # -- the end of runs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cancelled_agent_ends_its_run(aio, provider, chat, watchdog, runs):
     provider.reset([Reply(hang=True)])
     one = watchdog(plugins=[runs])
@@ -620,6 +635,7 @@ def test_a_cancelled_agent_ends_its_run(aio, provider, chat, watchdog, runs):
     assert not one._active
 
 
+@pytest.mark.slow
 @both
 def test_a_stream_that_is_broken_off_ends_its_run(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(searching)
@@ -643,6 +659,7 @@ def test_a_stream_that_is_broken_off_ends_its_run(aio, provider, chat, watchdog,
     assert not one._active
 
 
+@pytest.mark.slow
 def test_many_invocations_leave_nothing_behind(provider, chat, watchdog, runs):
     one = watchdog(plugins=[runs])
     ours = BudgetMiddleware(budgets=[Budget(llm_calls=1)], watchdog=one)

@@ -343,6 +343,7 @@ def notes(provider):
     return [request.number for request in provider.requests if "You repeat yourself" in str(request.body["messages"][-1])]
 
 
+@pytest.mark.slow
 @both
 @handled
 def test_a_loop_is_told_to_the_model_once_and_ends_the_agent_the_second_time(
@@ -365,6 +366,7 @@ def test_a_loop_is_told_to_the_model_once_and_ends_the_agent_the_second_time(
     assert runs.ended[0].total.calls == 10
 
 
+@pytest.mark.slow
 @both
 def test_a_model_that_heeds_the_note_goes_on(aio, provider, chat, watchdog, is_async):
     def answer(body):
@@ -377,6 +379,7 @@ def test_a_model_that_heeds_the_note_goes_on(aio, provider, chat, watchdog, is_a
     assert state["messages"][-1].text == "You are right."
 
 
+@pytest.mark.slow
 def test_a_note_on_a_loop_is_one_that_anthropic_takes(provider, anthropic, watchdog):
     """No system message in the middle, and no two of the same role in a row."""
     provider.reset(asks_the_same)
@@ -386,6 +389,7 @@ def test_a_note_on_a_loop_is_one_that_anthropic_takes(provider, anthropic, watch
     assert roles == ["user", *["assistant", "user"] * 5]
 
 
+@pytest.mark.slow
 def test_money_that_is_kept_pays_for_the_end_after_a_loop(provider, chat, watchdog):
     provider.reset(asks_the_same)
     ours = BudgetMiddleware(budgets=[Budget(usd=1, keep_usd=0.1)], watchdog=watchdog())
@@ -394,6 +398,7 @@ def test_money_that_is_kept_pays_for_the_end_after_a_loop(provider, chat, watchd
     assert state["messages"][-1].text == "Nothing."
 
 
+@pytest.mark.slow
 @both
 def test_on_request_a_loop_that_was_told_raises(aio, provider, chat, watchdog, is_async):
     provider.reset(asks_the_same)
@@ -403,6 +408,7 @@ def test_on_request_a_loop_that_was_told_raises(aio, provider, chat, watchdog, i
     assert (notes(provider), provider.request_count) == ([6], 10)
 
 
+@pytest.mark.slow
 def test_on_request_loops_are_only_logged(provider, chat, watchdog):
     provider.reset([calls(find("the same"))] * 8 + [Reply(text="done")])
     one = watchdog()
@@ -475,6 +481,7 @@ def test_what_another_guard_stops_ends_the_agent_too(provider, chat, watchdog):
 INCIDENT = clevagent.Incident(kind="loop", message="again", details={"calls": ["tool 'search'"], "times": 3})
 
 
+@pytest.mark.slow
 def test_many_agents_that_do_the_same_are_no_loop(provider, chat, watchdog):
     """What one invocation does tells nothing of the next, also within one run."""
     one = watchdog()
@@ -516,6 +523,7 @@ def test_an_agent_that_waited_for_a_person_goes_on_in_the_same_run(aio, provider
     assert (summary.total.calls, summary.tool_calls) == (3, 3)
 
 
+@pytest.mark.slow
 @both
 def test_an_agent_that_is_resumed_inside_another_block_counts_there_too(aio, provider, chat, watchdog, is_async):
     """Its own ceiling goes on, and so does that of each request's block."""
@@ -583,6 +591,7 @@ def test_a_tool_that_asks_a_person_is_counted_once(aio, provider, chat, watchdog
     assert (summary.total.calls, summary.tool_calls, summary.refusals) == (2, 1, 0)
 
 
+@pytest.mark.slow
 @both
 def test_a_run_that_nobody_resumed_ends_with_the_next_of_its_conversation(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(lambda body: calls(find("x")))
@@ -616,6 +625,7 @@ def test_an_agent_that_failed_and_is_invoked_again_from_its_checkpoint_goes_on_i
     assert [summary.total.calls for summary in runs.ended] == [2]
 
 
+@pytest.mark.slow
 def test_an_agent_that_another_process_began_is_held_to_its_budget_from_there(provider, chat, watchdog, runs):
     """What it had spent is not known here; a budget per thread, in a ledger that both share, would know."""
     saver, config = InMemorySaver(), {"configurable": {"thread_id": "t1"}}
@@ -707,6 +717,7 @@ def delegating(body):
     return calls((next(iter(names)), {"question": "Find it"}))
 
 
+@pytest.mark.slow
 @both
 @handled
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -756,6 +767,7 @@ def test_an_agent_inside_a_tool_that_raises_at_its_ceiling_is_a_refused_tool(aio
     assert state["messages"][-1].text == "Delegated."
 
 
+@pytest.mark.slow
 @both
 def test_an_agent_inside_a_tool_that_waits_for_a_person_goes_on_in_its_run(aio, provider, chat, watchdog, runs, is_async):
     provider.reset(delegating)

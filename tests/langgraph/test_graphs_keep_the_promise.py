@@ -132,6 +132,7 @@ def test_one_after_the_other(model, provider, end):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_nodes_that_catch_every_error(model, provider, end):
     with accounts(provider):
@@ -139,6 +140,7 @@ def test_nodes_that_catch_every_error(model, provider, end):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_fan_out(model, provider, end):
     """More are in flight than fit: those that only wait for what others hold go on when it is settled."""
@@ -147,6 +149,7 @@ def test_fan_out(model, provider, end):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_asynchronous_fan_out(chat, provider, end, aio):
     with accounts(provider):
@@ -154,6 +157,7 @@ def test_asynchronous_fan_out(chat, provider, end, aio):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_asynchronous_fan_out_of_models_that_cannot_wait(chat, provider, aio):
     """A callback on an event loop cannot wait for what others hold: it refuses, and the others finish."""
     with accounts(provider):
@@ -225,6 +229,7 @@ def test_retried_nodes(model, provider, policy):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_fallbacks(chat, provider):
     both = clevagent.guard(chat()).with_fallbacks([chat(model="gpt-4o-mini")])
     with accounts(provider):
@@ -232,6 +237,7 @@ def test_fallbacks(chat, provider):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_fallbacks_of_models_that_are_not_guarded(chat, provider):
     both = chat().with_fallbacks([chat(model="gpt-4o")])
     with accounts(provider):
@@ -239,6 +245,7 @@ def test_fallbacks_of_models_that_are_not_guarded(chat, provider):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_subgraphs(model, provider, end):
     sub = fan(writing(model), saved=False)
@@ -248,6 +255,7 @@ def test_subgraphs(model, provider, end):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_tasks(model, provider):
     @task
     def write(number: int) -> str:
@@ -262,6 +270,7 @@ def test_tasks(model, provider):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_many_graphs_at_once_under_one_ceiling(model, provider):
     graph = clevagent.guard(cycle(writing(model), saved=False))
     with accounts(provider) as run:
@@ -270,6 +279,7 @@ def test_many_graphs_at_once_under_one_ceiling(model, provider):
     assert provider.request_count == 10
 
 
+@pytest.mark.slow
 def test_a_nodes_own_ceiling(model, provider):
     node = monitored_node("write", budgets=[ceiling()])(writing(model))
     with accounts(provider):
@@ -280,6 +290,7 @@ def test_a_nodes_own_ceiling(model, provider):
 # -- what is cancelled ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_cancelled_graph_holds_nothing_and_is_charged_what_it_sent(chat, provider, aio, guarded):
     provider.reset([Reply(hang=True)])
@@ -302,6 +313,7 @@ def test_a_cancelled_graph_holds_nothing_and_is_charged_what_it_sent(chat, provi
     assert run.summary().calls_charged_at_bound >= provider.request_count > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_node_that_runs_out_of_time_is_charged(chat, provider, aio, guarded):
     provider.reset([Reply(hang=True)])
@@ -317,6 +329,7 @@ def test_a_node_that_runs_out_of_time_is_charged(chat, provider, aio, guarded):
 # -- over resumptions -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "interrupted", "failed", "broken off"])
 def test_a_run_goes_on_when_its_graph_is_resumed(chat, provider, how):
     """However it paused: its budget does not start from zero."""
@@ -404,6 +417,7 @@ def test_a_state_that_was_edited_goes_on_in_the_same_run(chat, provider, aio, as
     assert provider.request_count == 5
 
 
+@pytest.mark.slow
 def test_runs_that_wait_do_not_keep_a_watchdog_alive(chat, provider, line):
     model = chat()
 
@@ -463,6 +477,7 @@ def test_runs_that_nobody_resumes_do_not_fill_the_memory(chat, provider, line):
     assert len(watchdog.ledger._accounts) <= 2 * 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_conversation_counts_over_invocations_and_time_travel(chat, provider, aio, asynchronous):
     """`per="thread"`: whatever is run again on it is paid for again, and counts again."""

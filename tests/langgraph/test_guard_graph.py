@@ -53,6 +53,7 @@ def loop(write):
     return make
 
 
+@pytest.mark.slow
 def test_a_guarded_graph_is_of_the_same_type_and_leaves_the_users_own_alone(loop, provider):
     graph = loop()
     guarded = clevagent.guard(graph, budgets=[Budget(llm_calls=3)])
@@ -105,6 +106,7 @@ def ways(aio):
 WAYS = list(ways(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_exceed", ["raise", "halt", "ask"])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_of_invoking_is_refused_at_the_ceiling(way, on_exceed, loop, provider, aio):
@@ -122,6 +124,7 @@ def test_each_way_of_invoking_is_refused_at_the_ceiling(way, on_exceed, loop, pr
     assert clevagent.init().ledger.holds() == []
 
 
+@pytest.mark.slow
 def test_raise_leaves_the_state_and_goes_on_once_there_is_more(loop, provider):
     graph = clevagent.guard(loop(), budgets=[Budget(llm_calls=3)])
     with pytest.raises(BudgetExceeded):
@@ -137,6 +140,7 @@ def test_raise_leaves_the_state_and_goes_on_once_there_is_more(loop, provider):
     assert stopped(graph, thread()) is None
 
 
+@pytest.mark.slow
 def test_halt_gives_back_the_state_that_was_reached(loop, provider, caplog):
     graph = clevagent.guard(loop(), budgets=[Budget(llm_calls=3)], on_exceed="halt")
     with clevagent.run() as run:
@@ -177,6 +181,7 @@ def test_a_stream_that_halts_ends_after_the_last_values(loop, mode, provider):
         assert "__interrupt__" not in str(chunks)
 
 
+@pytest.mark.slow
 def test_what_finished_branches_have_written_is_in_the_state_of_a_halt(write, provider):
     for saved in (True, False):
         provider.reset()
@@ -212,6 +217,7 @@ def test_nothing_behind_a_node_that_was_refused_is_run(write, line, provider):
 # -- ask ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ask_returns_a_question_and_goes_on_with_more(loop, provider):
     graph = clevagent.guard(loop(), budgets=[Budget(llm_calls=3)], on_exceed="ask")
     state = graph.invoke({"texts": []}, thread())
@@ -232,6 +238,7 @@ def test_ask_returns_a_question_and_goes_on_with_more(loop, provider):
     assert provider.request_count == 20
 
 
+@pytest.mark.slow
 def test_ask_ends_when_the_answer_is_to_stop(loop, provider, aio):
     for stop in ("stop", {"stop": True}, False):
         for resume in (
@@ -268,6 +275,7 @@ def test_going_on_without_more_asks_again_unless_it_was_topped_up_elsewhere(loop
     assert len(graph.invoke(Command(resume=True), thread())["texts"]) == 4
 
 
+@pytest.mark.slow
 def test_one_answer_stands_for_all_branches_that_ask_about_one_account(write, provider):
     builder = StateGraph(Texts)
     builder.add_node("write", write)
@@ -412,6 +420,7 @@ def test_without_a_way_of_its_own_a_graph_raises(loop, provider):
         clevagent.guard(loop(), on_exceed="warn")
 
 
+@pytest.mark.slow
 def test_a_loop_ends_the_graph_in_its_way(chat, provider):
     """The same question and the same answer, until the loop guard has had enough."""
     model = chat()
@@ -682,6 +691,7 @@ def test_a_copy_of_a_guarded_graph_is_guarded(loop, provider):
     assert provider.request_count == 2
 
 
+@pytest.mark.slow
 def test_a_subgraph_that_remembers_asks_as_others_do(write, loop, provider):
     remembering = loop().builder.compile(checkpointer=True)
 

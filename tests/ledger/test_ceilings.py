@@ -518,6 +518,7 @@ def _check_ceilings(examples: int, make_ledger: Callable[[], str]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [20, pytest.param(150, marks=pytest.mark.slow)])
 def test_no_ceiling_is_passed_whatever_an_agent_does(examples: int) -> None:
     _check_ceilings(examples, lambda: "memory")
@@ -738,6 +739,7 @@ def test_a_call_that_nobody_hears_of_again_is_charged_when_its_time_is_over(cloc
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 def test_runs_that_spent_nothing_yet_go_on_when_accounts_are_taken_out(clock: FakeClock) -> None:
     """With more than a thousand open runs, accounts without spending are taken out; their runs find them again."""
     watchdog = watch(clock)

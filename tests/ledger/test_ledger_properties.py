@@ -393,6 +393,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(hold.real.state == hold.state for hold in self.holds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_balances_are_exact_in_any_order_of_operations(make_ledger: Callable[[], Ledger]) -> None:
     run_state_machine_as_test(

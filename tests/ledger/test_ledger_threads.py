@@ -124,6 +124,7 @@ def end_somehow(ledger: Ledger, hold: Hold, chance: random.Random) -> Amounts | 
     return used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_no_ceiling_is_passed_at_any_moment_by_many_threads(make_ledger: Callable[[], Ledger]) -> None:
     """Each thread reserves on some of the same accounts, in an order of its own, and ends its holds in every way."""
@@ -198,6 +199,7 @@ def test_one_hold_ended_by_many_threads_counts_once(make_ledger: Callable[[], Le
     assert [(ledger.balance(account).held, ledger.balance(account).spent) for account in accounts] == [(0, 4 * 60)] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_ledger", SLOW_IN_A_FILE)
 def test_a_reservation_never_lands_on_an_account_that_was_taken_out(make_ledger: Callable[[], Ledger]) -> None:
     """Accounts without spending are taken out all the time: whoever holds money on one has it found again."""
@@ -231,6 +233,7 @@ def test_a_reservation_never_lands_on_an_account_that_was_taken_out(make_ledger:
     assert ledger.balance(account).spent == sum(spent) == THREADS
 
 
+@pytest.mark.slow
 def test_threads_of_one_run_stay_below_its_ceilings_and_the_summary_adds_up() -> None:
     """Through the public door: charged calls are settled late by other threads while a top-up raises the ceiling."""
     watchdog = Watchdog(clock=FakeClock(), prices=PRICES, budgets=[Budget(usd="0.003", per="day")], wait_s=0)
@@ -353,6 +356,7 @@ def call(run: runs.Run) -> None:
     run.open(LLMCall(model="m", input=["hello"], max_output_tokens=10)).settle(Usage(input_tokens=5, output_tokens=5))
 
 
+@pytest.mark.slow
 @forks
 @needs_fork
 def test_a_forked_child_is_refused_what_its_parent_counts_in_memory() -> None:

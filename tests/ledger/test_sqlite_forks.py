@@ -102,6 +102,7 @@ def watch(path: Path):
 # -- what is the parent's and what the child's ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parent_and_child_share_one_ceiling(watch) -> None:
     watchdog = watch(Budget(llm_calls=10, per="day", name="b"))
     call(watchdog)
@@ -111,6 +112,7 @@ def test_parent_and_child_share_one_ceiling(watch) -> None:
     assert Child(lambda: calls_until_refused(watchdog)).end() == 0
 
 
+@pytest.mark.slow
 def test_a_call_in_flight_is_the_parents_alone(watch) -> None:
     """The child has a copy of its ticket: to settle, to charge or to shut down there changes nothing."""
     watchdog = watch(Budget(tokens=1000, per="day", name="b"))
@@ -138,6 +140,7 @@ def test_a_call_in_flight_is_the_parents_alone(watch) -> None:
     assert (state.spent, state.held) == (12, 0)
 
 
+@pytest.mark.slow
 def test_the_childs_end_is_not_the_end_of_its_parents_run(watch) -> None:
     watchdog = watch()
     with watchdog.run(budgets=[Budget(llm_calls=10, name="b")]) as run:
@@ -153,6 +156,7 @@ def test_the_childs_end_is_not_the_end_of_its_parents_run(watch) -> None:
         assert calls_until_refused(watchdog, run) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["ends", "shuts down"])
 def test_a_run_whose_first_call_a_child_makes_is_still_its_parents(ending: str, watch) -> None:
     """The child opens the account: it must not be over when the child is."""
@@ -172,6 +176,7 @@ def test_a_run_whose_first_call_a_child_makes_is_still_its_parents(ending: str, 
         assert calls_until_refused(watchdog, run) == 6
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_child_when_the_parent_exits_first(path: Path) -> None:
     """The parent is a program of its own, which forks and ends; the child spends on, under the same ceiling."""
     script = f"""
@@ -209,6 +214,7 @@ os._exit(0)
     assert ended.stdout.decode().strip() == "5 run"
 
 
+@pytest.mark.slow
 def test_a_grandchild_shares_the_ceiling_and_holds_for_itself(watch, path: Path) -> None:
     watchdog = watch(Budget(llm_calls=10, per="day", name="b"))
     call(watchdog)
@@ -232,6 +238,7 @@ def test_a_grandchild_shares_the_ceiling_and_holds_for_itself(watch, path: Path)
     assert not [name for name in path.parent.glob("*-owner-*") if name.name != f"ledger.db-owner-{watchdog.ledger._owner.id}"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed_is_charged_while_its_parent_lives(watch) -> None:
     watchdog = watch(Budget(llm_calls=10, per="day", name="b"))
     ours, theirs = os.pipe()
@@ -253,6 +260,7 @@ def test_a_child_that_is_killed_is_charged_while_its_parent_lives(watch) -> None
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_killed_is_dead_while_its_child_lives(path: Path, other, open_here) -> None:
     """The lock by which it is seen to be alive must not live on in the child."""
     there = other()
@@ -331,6 +339,7 @@ def test_threads_that_fork_at_once_do_not_hang_each_other(open_here) -> None:
     assert here.state() == (4 * 15 * 2, 0)
 
 
+@pytest.mark.slow
 def test_a_fork_during_a_checkpoint_does_not_hang(open_here) -> None:
     here = open_here(ceiling=10**6)
     checkpointer = here.ledger._database._checkpointer
@@ -346,6 +355,7 @@ def test_a_fork_during_a_checkpoint_does_not_hang(open_here) -> None:
     assert here.state() == (20, 0)
 
 
+@pytest.mark.slow
 def test_a_fork_while_a_thread_waits_for_money_does_not_hang(watch, other) -> None:
     watchdog = watch(Budget(llm_calls=1, per="day", name="b"), clock=FakeClock(), wait_s=30)
     ticket = watchdog.process_run.open(LLMCall(model="m", input=["hello"], max_output_tokens=10))
@@ -377,6 +387,7 @@ def _spend(amount: int) -> bool:
     return isinstance(answer, Hold)
 
 
+@pytest.mark.slow
 def test_a_pool_of_forked_processes_keeps_one_ceiling(open_here, monkeypatch) -> None:
     here = open_here(ceiling=50)
     monkeypatch.setattr(sys.modules[__name__], "_pool_here", here)
@@ -387,6 +398,7 @@ def test_a_pool_of_forked_processes_keeps_one_ceiling(open_here, monkeypatch) ->
     assert isinstance(here.take(1), Refusal)
 
 
+@pytest.mark.slow
 def test_spawned_processes_keep_one_ceiling(other, open_here) -> None:
     there = [other(ceiling=50) for _ in range(3)]
     for process in there:
@@ -403,6 +415,7 @@ def spend(amount):
     assert open_here(ceiling=50).state() == (50, 0)
 
 
+@pytest.mark.slow
 def test_accounts_of_a_run_opened_by_its_owner_are_over_when_the_owner_dies_but_not_those_that_a_child_shares(other, here) -> None:
     there = other()
     there.do("""

@@ -332,6 +332,7 @@ def after(here: Any, known: list[Hold], lines: list[str]) -> None:
     assert here.state()[1] == rows >= held
 
 
+@pytest.mark.slow
 def test_an_exception_at_any_line_of_a_settlement_neither_loses_nor_doubles_it(open_here) -> None:
     """Interrupted before it was noted, the call stays held, which is safe; else it is spent once."""
     number, lines = 0, [""] * 99
@@ -355,6 +356,7 @@ def test_an_exception_at_any_line_of_a_settlement_neither_loses_nor_doubles_it(o
     assert counted > number / 2
 
 
+@pytest.mark.slow
 def test_an_exception_at_any_line_of_a_correction_neither_loses_nor_doubles_it(open_here) -> None:
     number, lines = 0, [""] * 99
     while number <= len(lines):
@@ -371,6 +373,7 @@ def test_an_exception_at_any_line_of_a_correction_neither_loses_nor_doubles_it(o
         here.ledger.close()
 
 
+@pytest.mark.slow
 def test_an_exception_at_any_line_of_a_reservation_holds_all_or_nothing(open_here) -> None:
     number, lines = 0, [""] * 99
     while number <= len(lines):
@@ -390,6 +393,7 @@ def test_an_exception_at_any_line_of_a_reservation_holds_all_or_nothing(open_her
         assert open_here(ceiling=10_000_000).state()[0] - before - 2 in {0, 10}
 
 
+@pytest.mark.slow
 def test_exceptions_at_random_lines_of_everything_leave_the_ledger_usable(open_here) -> None:
     chance = random.Random(5)  # noqa: S311 - the same each time
     for _ in range(60):
@@ -405,6 +409,7 @@ def test_exceptions_at_random_lines_of_everything_leave_the_ledger_usable(open_h
 # -- signals --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_handler_that_shuts_down_in_the_middle_of_a_transaction_is_obeyed_at_its_end(path) -> None:
     number, lines = 0, [""] * 99
     while number <= len(lines):

@@ -205,6 +205,7 @@ def kill_at_random(fleet: Fleet, rounds: int) -> None:
     fleet.end()
 
 
+@pytest.mark.slow
 def test_processes_killed_at_random_never_pass_the_ceiling(fleet, open_here) -> None:
     kill_at_random(fleet, 10)
     check(fleet, open_here())
@@ -226,6 +227,7 @@ def test_a_process_killed_at_each_of_its_first_moments_never_breaks_the_file(by:
     check(fleet, open_here())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fleet", [12_000], indirect=True)
 def test_calls_that_cost_what_they_reserve_use_the_ceiling_up(fleet, open_here) -> None:
     for number in range(4):
@@ -267,6 +269,7 @@ def test_what_a_dead_fleet_held_is_charged_at_its_bound(fleet, open_here) -> Non
     check(fleet, here)
 
 
+@pytest.mark.slow
 def test_an_operator_sees_who_died_with_calls_in_flight(fleet, other, path) -> None:
     there = other()
     there.do("take(20); take(30)")

@@ -30,6 +30,7 @@ def owner_files(path: Path) -> list[str]:
 # -- alive or dead --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_process_holds_is_seen_by_all_and_given_back_by_it_alone(other, here) -> None:
     there = other()
     there.do("hold = take(60)")
@@ -48,6 +49,7 @@ def test_what_a_process_holds_is_seen_by_all_and_given_back_by_it_alone(other, h
     assert full == ("Refusal", False)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_alive_and_goes_on_with_what_it_holds(other, here) -> None:
     there = other()
     there.do("hold = take(60)")
@@ -66,6 +68,7 @@ def test_a_stopped_process_is_alive_and_goes_on_with_what_it_holds(other, here) 
     assert here.state() == (5, 0)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_held_is_charged_once_by_whoever_needs_room(other, here, path, caplog) -> None:
     there, third = other(), other()
     there.do("holds = [take(20), take(30)]")
@@ -86,6 +89,7 @@ def test_what_a_killed_process_held_is_charged_once_by_whoever_needs_room(other,
     assert len(owner_files(path)) == 2
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_held_is_charged_by_the_next_one_that_opens_the_file(other, open_here, path) -> None:
     there = other()
     there.do("take(20)")
@@ -94,6 +98,7 @@ def test_what_a_killed_process_held_is_charged_by_the_next_one_that_opens_the_fi
     assert owner_files(path) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_held_is_charged_by_the_sweep_of_any_other(other, here, path) -> None:
     there = other()
     there.do("take(20)")
@@ -104,6 +109,7 @@ def test_what_a_killed_process_held_is_charged_by_the_sweep_of_any_other(other, 
     assert owner_files(path) == []
 
 
+@pytest.mark.slow
 def test_many_that_find_a_dead_process_at_once_charge_it_once(other, here) -> None:
     dead = [other(ceiling=10_000) for _ in range(2)]
     others = [other(ceiling=10_000) for _ in range(3)]
@@ -119,6 +125,7 @@ def test_many_that_find_a_dead_process_at_once_charge_it_once(other, here) -> No
     assert here.rows("SELECT count(*) FROM hold") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_without_shutdown_is_charged_what_it_held(other, here) -> None:
     there = other()
     there.do("hold = take(20); pay(take(7), 3)")
@@ -127,6 +134,7 @@ def test_a_process_that_ends_without_shutdown_is_charged_what_it_held(other, her
     assert here.state() == (23, 0)
 
 
+@pytest.mark.slow
 def test_a_process_that_closes_its_ledger_leaves_no_file_behind_and_is_charged(other, here, path) -> None:
     there = other()
     there.do("hold = take(20); ledger.close()")
@@ -136,6 +144,7 @@ def test_a_process_that_closes_its_ledger_leaves_no_file_behind_and_is_charged(o
     assert here.state() == (4, 0)
 
 
+@pytest.mark.slow
 def test_a_process_whose_lock_file_was_cleaned_away_is_charged_and_corrected_when_it_settles(other, here, path) -> None:
     there = other()
     there.do("first, second = take(20), take(30)")
@@ -156,6 +165,7 @@ def test_a_process_whose_lock_file_was_cleaned_away_is_charged_and_corrected_whe
     assert here.state() == (5, 40)
 
 
+@pytest.mark.slow
 def test_what_a_process_holds_that_was_taken_for_dead_before_is_charged_when_it_dies(other, here, path) -> None:
     """It was buried while it held nothing, so no settled call has told it."""
     there = other()
@@ -171,6 +181,7 @@ def test_what_a_process_holds_that_was_taken_for_dead_before_is_charged_when_it_
     assert here.state() == (31, 0)
 
 
+@pytest.mark.slow
 def test_a_process_of_a_file_that_was_deleted_does_not_shut_out_those_of_the_new_one(other, open_here, path) -> None:
     """The numbers of owners begin anew with the file, and the old process still has its lock."""
     there = other()
@@ -188,6 +199,7 @@ def test_a_process_of_a_file_that_was_deleted_does_not_shut_out_those_of_the_new
     assert third.ask("state()") == (4, 0)
 
 
+@pytest.mark.slow
 def test_the_ceiling_holds_where_a_cleaner_took_the_lock_of_transactions_away(other, open_here, path) -> None:
     """Who starts then waits in another queue; SQLite's own lock still keeps transactions apart."""
     there = [other(ceiling=1500)]
@@ -208,6 +220,7 @@ def spend():
     assert open_here(ceiling=1500).state() == (1500, 0)
 
 
+@pytest.mark.slow
 def test_a_process_that_holds_nothing_but_had_a_run_ends_it_by_dying(other, here) -> None:
     there = other()
     there.do("run = ledger.open(AccountKey('run', 4, 'r1', ''), ceiling=9, keep=0, warn_mark=9, ends_at=math.inf, is_of_run=True)")
@@ -265,6 +278,7 @@ class Waiting:
         return self.answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_thread_that_waits_for_another_process_goes_on_when_that(ending: str, other, path) -> None:
     there = other()
@@ -276,6 +290,7 @@ def test_a_thread_that_waits_for_another_process_goes_on_when_that(ending: str, 
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 def test_a_thread_that_waits_for_a_process_that_dies_is_told_that_the_money_is_spent(other, path) -> None:
     there = other()
     there.do(_SAME)
@@ -289,6 +304,7 @@ def test_a_thread_that_waits_for_a_process_that_dies_is_told_that_the_money_is_s
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 def test_a_thread_that_waits_for_two_processes_gets_what_the_one_gives_back_after_the_other_died(other, path) -> None:
     first, second = other(), other()
     first.do(_SAME.replace("take(80)", "take(30)"))
@@ -303,6 +319,7 @@ def test_a_thread_that_waits_for_two_processes_gets_what_the_one_gives_back_afte
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_task_that_waits_for_another_process_goes_on_when_that(ending: str, other, path) -> None:
     there = other()
@@ -323,6 +340,7 @@ def test_a_task_that_waits_for_another_process_goes_on_when_that(ending: str, ot
     watchdog.shutdown()
 
 
+@pytest.mark.slow
 def test_who_waits_in_vain_is_told_that_others_hold_the_money(other, path) -> None:
     there = other()
     there.do(_SAME)

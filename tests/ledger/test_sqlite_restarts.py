@@ -188,6 +188,7 @@ def test_two_budgets_of_one_name_and_different_limits_are_refused_in_one_process
             call(inner)
 
 
+@pytest.mark.slow
 def test_two_budgets_of_one_name_and_different_limits_are_refused_also_one_after_the_other(program, clock) -> None:
     """Whether the first run's account is still in memory must not decide it."""
     watchdog = program(clock=clock)
@@ -241,6 +242,7 @@ def test_watchdogs_made_and_shut_down_leave_no_descriptor_open(path, program, cl
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5  # the one connection that the last summary has opened
 
 
+@pytest.mark.slow
 def test_opening_twice_changes_nothing(path, other) -> None:
     first = other()
     schema = "ledger._database.read('SELECT name, sql FROM sqlite_master ORDER BY name')"
@@ -250,6 +252,7 @@ def test_opening_twice_changes_nothing(path, other) -> None:
     assert second.ask("ledger._database.read('PRAGMA user_version')") == [(2,)]
 
 
+@pytest.mark.slow
 def test_many_processes_that_make_the_file_at_once_make_it_once(path, other) -> None:
     there = [other("import logging, math\nfrom pathlib import Path") for _ in range(4)]
     for process in there:
@@ -290,6 +293,7 @@ def test_a_link_to_the_file_is_the_file(path, open_here, tmp_path) -> None:
 # -- size -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_log_stays_bounded(open_here, path) -> None:
     here = open_here(ceiling=10**9)
     biggest = 0
@@ -378,6 +382,7 @@ def test_more_accounts_than_are_taken_out_at_once_are_taken_out_one_batch_after_
     assert [here.ledger.evict(clock.wall()) for _ in range(4)] == [500, 500, 200, 0]
 
 
+@pytest.mark.slow
 def test_many_runs_leave_nothing_in_memory_and_no_more_than_an_hour_of_them_in_the_file(program, clock) -> None:
     watchdog = program(clock=clock)
     for _ in range(300):
@@ -394,6 +399,7 @@ def test_many_runs_leave_nothing_in_memory_and_no_more_than_an_hour_of_them_in_t
     assert rows <= 2 * (3600 + 60) / 30 + 2
 
 
+@pytest.mark.slow
 def test_a_ledger_that_is_dropped_closes_its_connection(path) -> None:
     """Also in a cycle, where the connection's own finalizer, which warns from CPython 3.13 on, may come first."""
     ledger: Any = SqliteLedger(path, FakeClock())

@@ -188,6 +188,7 @@ def as_nobody(path: Path) -> str:
     return ended.stdout.strip().replace(str(path.parent), "FOLDER")
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_be_written_is_told(path) -> None:
     SqliteLedger(path, FakeClock()).close()
     path.chmod(0o444)
@@ -198,6 +199,7 @@ def test_a_file_that_may_not_be_written_is_told(path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_is_told(path) -> None:
     path.parent.chmod(0o555)
     assert as_nobody(path) == snapshot(
@@ -206,6 +208,7 @@ def test_a_folder_that_may_not_be_written_is_told(path) -> None:
     path.parent.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_python_without_file_locks_is_told(tmp_path) -> None:
     """As on Windows. Everything else works there: what the file needs is imported when one is named."""
     script = (
@@ -240,6 +243,7 @@ def test_a_folder_in_which_no_owner_file_can_be_made_is_told(path, watch, monkey
 # -- trouble that begins while it is used ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_that_is_locked_by_another_program_refuses_and_settles_once_that_is_over(path, watch, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.05)
     watchdog = watch()
@@ -259,6 +263,7 @@ def test_a_file_that_is_locked_by_another_program_refuses_and_settles_once_that_
     assert watchdog.ledger._database.read("SELECT count(*) FROM hold") == [(0,)]
 
 
+@pytest.mark.slow
 def test_what_is_logged_while_the_file_is_locked_is_told_and_recorded_before_the_next_call(path, watch, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.05)
     watchdog = watch()
@@ -278,6 +283,7 @@ def test_what_is_logged_while_the_file_is_locked_is_told_and_recorded_before_the
     assert watchdog.ledger._database.read("SELECT spent, held FROM account") == [(4, 0)]
 
 
+@pytest.mark.slow
 def test_every_way_to_end_a_call_waits_for_the_trouble_to_be_over(path, open_here, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.01)
     here = open_here()
@@ -380,6 +386,7 @@ def state():
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_refuses_every_call_and_settles_once_there_is_room(path, other) -> None:
     there = other(_FULL.format(path=str(path)))
     there.do("hold = take(100)")
@@ -403,6 +410,7 @@ for _ in range(300):
     assert there.ask("ledger._database.read('PRAGMA integrity_check')") == [("ok",)]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_first_call_refuses_it_and_lets_the_next_ones_pass(path, other) -> None:
     there = other(_FULL.format(path=str(path)))
     there.do("fill(100)")
@@ -414,6 +422,7 @@ def test_a_disk_that_is_full_at_the_first_call_refuses_it_and_lets_the_next_ones
     assert len(list(path.parent.glob("*-owner-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_breaks_no_program(path, other, open_here) -> None:
     there = other(_FULL.format(path=str(path)))
     there.do("take(40); fill(100); ledger.close()")

@@ -199,11 +199,13 @@ def test_auto_cost_attaches_to_clients(api):
     ends(api, api.client())
 
 
+@pytest.mark.slow
 def test_clevagent_imports_no_sdk():
     code = "import sys, clevagent; clevagent.init(); assert not {'openai', 'anthropic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_an_sdk_that_is_imported_later_is_attached_to(provider):
     code = f"""
 import clevagent

@@ -181,6 +181,7 @@ def test_streams_that_are_broken_off_are_charged(api, held, collected_between_ca
     assert api.provider.billed_pico >= 0.7 * ceiling  # the bound of a stream is in bytes, with what is added to messages
 
 
+@pytest.mark.slow
 def test_streams_that_are_cancelled_are_charged(api, held, aio):
     api.provider.reset([Reply(text="word " * 50, chunks=50, chunk_delay_s=0.001)])
 
@@ -264,6 +265,7 @@ def test_retries_stop_at_the_ceiling(api, held, fast_retries):
     assert api.provider.request_count == 2
 
 
+@pytest.mark.slow
 def test_a_client_that_times_out_is_charged_for_each_attempt(api, held, fast_retries):
     api.provider.reset([Reply(hang=True)])
     sdk = anthropic if api.is_anthropic else openai

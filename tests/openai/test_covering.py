@@ -185,6 +185,7 @@ def test_a_raw_call_of_a_tool_counts(provider, chat):
     assert run.summary().by_model["gpt-4o"].calls == provider.request_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wait_for", "timeout"])
 @pytest.mark.parametrize("guarded", [False, True])
 def test_raw_calls_after_a_cancelled_one_count(provider, model, chat, aio, how, guarded):
@@ -250,6 +251,7 @@ def ask_below(how, provider, chat, model, **options):
         model(max_tokens=LIMIT, **options).invoke(PROMPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["llm_call", "langchain"])
 def test_what_an_sdk_repeats_below_a_call_is_reserved_each_time(provider, chat, model, how):
     """Each request that timed out may be billed, and the call around it counts one."""
@@ -263,6 +265,7 @@ def test_what_an_sdk_repeats_below_a_call_is_reserved_each_time(provider, chat, 
     assert run.summary().total.calls == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["llm_call", "langchain"])
 def test_what_an_sdk_repeats_below_a_call_is_refused_where_it_does_not_fit(provider, chat, model, how):
     provider.reset([Reply(hang=True)] * 3)
@@ -275,6 +278,7 @@ def test_what_an_sdk_repeats_below_a_call_is_refused_where_it_does_not_fit(provi
     assert provider.billed_pico <= round(run.summary().total.cost_usd * PICO_PER_USD) <= ceiling
 
 
+@pytest.mark.slow
 def test_what_is_refused_unbilled_is_repeated_below_a_call_and_counts_once(provider, chat, model):
     provider.reset([Reply(status=429), Reply(status=429), Reply()])
     with clevagent.run(budgets=[Budget(usd=1)]) as run:

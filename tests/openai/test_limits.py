@@ -288,6 +288,7 @@ def bill():
         yield provider, plain
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(SHAPE, min_size=1, max_size=4), ceiling=st.integers(10, 6000))
 def test_no_shape_of_request_passes_the_ceiling(bill, shapes, ceiling):

@@ -57,6 +57,7 @@ def test_the_user_sees_the_stream_that_they_asked_for(chat, run):
     assert recorded(run) == chat.provider.requests[1].billed_usd_pico
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content_type", ["text/event-stream;charset=utf-8", "Text/Event-Stream", "text/plain", "application/json", None]
 )
@@ -141,6 +142,7 @@ def test_the_undecoded_body_is_charged_because_nobody_can_read_it(chat, run):
     assert recorded(run) >= chat.provider.billed_pico
 
 
+@pytest.mark.slow
 def test_a_stream_whose_user_stops_at_the_end_of_the_text_is_charged(chat, run):
     """What it used is told after that."""
     for chunk in chat.ask(clevagent.guard(chat.client()), stream=True):
@@ -157,6 +159,7 @@ def test_a_stream_of_several_answers_is_counted_whole(chat, run, n):
     assert recorded(run) == chat.provider.billed_pico
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_dropped_is_charged_when_the_collector_finds_it(api, run, slow):
     stream = api.ask(clevagent.guard(api.client()), stream=True)
     next(iter(stream))
@@ -166,6 +169,7 @@ def test_a_stream_that_is_dropped_is_charged_when_the_collector_finds_it(api, ru
     assert run.summary().calls_charged_at_bound == 1
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_never_read_is_charged_when_the_collector_finds_it(api, run, slow):
     api.ask(clevagent.guard(api.client()), stream=True)
     gc.collect()
@@ -189,6 +193,7 @@ def test_an_answer_that_tells_no_usage_is_charged(api, run):
     assert recorded(run) >= api.provider.billed_pico
 
 
+@pytest.mark.slow
 def test_a_stream_that_its_provider_breaks_off_is_charged(api, run):
     api.provider.reset([Reply(text="one two three", drop="middle")])
     with pytest.raises(Exception):  # each SDK says it in its own way

@@ -348,6 +348,7 @@ def test_a_stream_dropped_in_the_middle_gives_some_text_and_an_error(provider, m
     assert provider.billed_tokens == 105
 
 
+@pytest.mark.slow
 def test_every_attempt_that_times_out_is_billed(provider):
     provider.reset([Reply(hang=True), Reply(hang=True), Reply()])
     with openai_client(provider, max_retries=2, timeout=openai.Timeout(5, read=0.2)) as client:
@@ -513,6 +514,7 @@ def test_impossible_replies_are_refused(fields):
 # -- the server ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fifty_clients_are_served_at_once():
     everybody = threading.Barrier(50)
 
@@ -529,6 +531,7 @@ def test_fifty_clients_are_served_at_once():
         assert [request.number for request in provider.requests] == list(range(1, 51))
 
 
+@pytest.mark.slow
 def test_sixty_four_tasks_are_served_at_once():
     everybody = threading.Barrier(64)
 

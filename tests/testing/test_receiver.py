@@ -87,6 +87,7 @@ def test_one_connection_serves_many_requests(receiver, client):
     assert numbers(receiver) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_beat_that_comes_by_many_threads_at_once_is_kept_once(receiver, client):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda number: post(client, number % 20 + 1).status_code, range(160)))
@@ -195,6 +196,7 @@ def test_new_trouble_takes_the_place_of_the_old(receiver, client):
     assert [post(client).status_code for _ in range(2)] == [429, 200]
 
 
+@pytest.mark.slow
 def test_what_hangs_is_neither_kept_nor_answered(receiver, client):
     receiver.react(hang=True, times=1)
     with pytest.raises(httpx.ReadTimeout):
@@ -215,6 +217,7 @@ def test_closing_lets_go_of_clients_that_hang():
             waiting.result()
 
 
+@pytest.mark.slow
 def test_a_delayed_answer_is_late_and_the_beat_is_kept(receiver, client):
     receiver.react(delay_s=60, times=1)
     with pytest.raises(httpx.ReadTimeout):

@@ -257,6 +257,7 @@ def _reordered(value):
     return [_reordered(part) for part in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 @given(_json, st.none() | st.integers(0, 4))
 def test_neither_key_order_nor_the_white_space_of_json_matters(value, indent):
     assert arguments_of(value) == arguments_of(_reordered(value))
@@ -266,6 +267,7 @@ def test_neither_key_order_nor_the_white_space_of_json_matters(value, indent):
         assert result_of(json.dumps(_reordered(value), indent=indent)) == result_of(value)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(st.characters(categories=("L",)), min_size=1)), st.lists(st.sampled_from([" ", "\n", "\t ", "  "])))
 def test_no_white_space_between_words_matters(words, spaces):
     spread = "".join(word + (spaces[number % len(spaces)] if spaces else " ") for number, word in enumerate(words))
@@ -273,6 +275,7 @@ def test_no_white_space_between_words_matters(words, spaces):
     assert result_of(spread) == result_of(" ".join(words))
 
 
+@pytest.mark.slow
 @given(_anything)
 def test_nothing_raises_and_the_same_value_has_the_same_fingerprint(value):
     for of in (arguments_of, result_of):
@@ -281,6 +284,7 @@ def test_nothing_raises_and_the_same_value_has_the_same_fingerprint(value):
         assert of(value) == (exact, shape)
 
 
+@pytest.mark.slow
 @given(st.lists(_json, max_size=5), st.lists(_json, max_size=5))
 @example([0], [""])
 def test_different_content_has_different_fingerprints(one, other):
@@ -389,6 +393,7 @@ PARTS = st.one_of(TEXTS, st.lists(TEXTS, max_size=5).map(tuple), st.none(), st.i
 MESSAGES = st.one_of(PARTS, st.lists(PARTS, max_size=6), st.lists(PARTS, max_size=6).map(tuple))
 
 
+@pytest.mark.slow
 @given(MESSAGES)
 @example(("a", ("b", ("c", "d"))))
 @example(["x" * 8192] * 4)
@@ -398,6 +403,7 @@ def test_plain_text_takes_a_short_cut_to_the_same_shape(message):
     assert message_of(message) == message_of(_without_short_cuts(message))
 
 
+@pytest.mark.slow
 def test_a_nesting_of_any_depth_has_a_shape():
     """It never raises, however deep a message is."""
     deep = "end"

@@ -189,6 +189,7 @@ def _entries(repetition: Repetition) -> int:
     return sum(len(one) for one in held if hasattr(one, "__len__"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "made",
     [
@@ -223,11 +224,13 @@ _signs = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(), st.booleans()), unique_by=lambda pair: pair[0]))
 def test_calls_that_are_all_new_are_never_a_loop(made):
     assert not any(walk([sign(number, failed=failed) for number, failed in made]))
 
 
+@pytest.mark.slow
 @given(st.lists(_signs, max_size=60), st.lists(_signs, min_size=1, max_size=7))
 def test_whatever_came_before_a_cycle_walked_six_times_is_found_and_stays_found(before, cycle):
     findings = walk([*before, *cycle * 8])
@@ -235,6 +238,7 @@ def test_whatever_came_before_a_cycle_walked_six_times_is_found_and_stays_found(
     assert all(findings[len(before) + 6 * len(cycle) - 1 :])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(_signs, st.integers(0, 8)), max_size=80))
 def test_a_finding_always_tells_what_can_be(made):
     repetition = Repetition()
