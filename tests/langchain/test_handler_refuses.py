@@ -183,6 +183,7 @@ def test_every_way_to_call_a_text_completion_model(aio, provider, watchdog, way)
     passes_once_then_refuses(aio, provider, way, model, "Hello", {"callbacks": [handler]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [invoke, ainvoke, stream, astream])
 @pytest.mark.parametrize("include_raw", [False, True])
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])

@@ -371,6 +371,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.slow), 17])
 def test_a_streamed_answer_looks_like_the_same_answer_whole(provider, model, name, chunks):
@@ -498,6 +499,7 @@ def test_votes_taken_side_by_side_are_no_loop(aio, provider, chat, door):
 # -- two agents -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("grows", [False, True])
 def test_two_nodes_that_feed_each_other_are_stopped(aio, provider, model, door, is_async, grows):

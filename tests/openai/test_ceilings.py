@@ -108,6 +108,7 @@ def test_the_ceiling_holds_and_is_used(api, held, call, aio):
     assert run.summary().total.calls == FITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("call", [sequential, threads, tasks, streams], ids=lambda call: call.__name__)
 def test_a_ceiling_below_one_call_holds(api, held, calls, call, aio):
@@ -233,6 +234,7 @@ def test_calls_that_are_cancelled_are_charged(api, held, aio, how):
 # -- retries of the SDK ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "is_billed"),
     [(Reply(status=429), False), (Reply(status=500), False), (Reply(drop="before"), True), (Reply(drop="middle"), True)],

@@ -63,6 +63,7 @@ def call(model, how, aio):
         aio(read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", INVOKE)
 @pytest.mark.parametrize("kind", ["openai", "anthropic"])
 @pytest.mark.parametrize("attached", [["openai", "anthropic"], ["langchain", "openai", "anthropic"]], ids=["clients", "all"])
