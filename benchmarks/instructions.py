@@ -3,7 +3,7 @@
     python -m benchmarks.instructions            # counts everything under valgrind: about four minutes
 
 Every call has a text and an answer of its own, as an agent's calls have: one prompt repeated would time a run that already loops.
-"Not slower" in this project means these counts, within ``TOLERANCE``. What was counted is printed beside what RESULTS.md says.
+"Not slower" in this project means these counts, within ``TOLERANCE``. Figures that differ from those in RESULTS.md are listed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Operation(NamedTuple):
 
 
 def operations(*, histories: Sequence[int] = HISTORIES, open_calls: int = OPEN_CALLS) -> Iterator[Operation]:
-    """Yield everything to be counted. Smaller numbers than the real ones are for tests."""
+    """Yield everything to be counted. Tests ask for shorter histories and fewer open calls."""
     yield Operation("nothing", lambda: None)
     yield from _core()
     yield from _langchain()
@@ -240,7 +240,7 @@ def _ends(open_calls: int) -> Iterator[Operation]:
     yield Operation("run, beside open calls", hold_and_end)
 
 
-# -- what is told ---------------------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
 def _k(instructions: float) -> str:
@@ -248,7 +248,7 @@ def _k(instructions: float) -> str:
 
 
 def sections(counts: dict[str, float]) -> list[Section]:
-    """Put what was counted into tables; of each call, what the loop around it takes is taken off."""
+    """Build the tables. The cost of the counting loop itself is subtracted from each call."""
     nothing = counts["nothing"]
     of = {label: value - nothing for label, value in counts.items()}
 
