@@ -117,7 +117,7 @@ def runs_at_provider(tool: object) -> bool:
 
 
 def rounds_of(params: Mapping[str, Any]) -> int:
-    """How often the model may read its input: again after each use of a tool that the provider runs."""
+    """Return how often the model may read its input: once more after each use of a tool that the provider runs."""
     tools = params.get("tools")
     given = tools if isinstance(tools, (list, tuple)) else ()
     looping = [tool for tool in given if isinstance(tool, Mapping) and _is_looping(tool)]
@@ -185,7 +185,7 @@ class _Asked:
 
 
 def _copies(items: Sequence[object]) -> list[object]:
-    return [item if type(item) is str else _copy(item) for item in items]
+    return [item if isinstance(item, str) else _copy(item) for item in items]
 
 
 def _copy(item: Any, depth: int = 0) -> object:
@@ -204,8 +204,8 @@ def _copy(item: Any, depth: int = 0) -> object:
 
 
 _FIXED = frozenset({str, int, float, bool, type(None)})
-_NESTED = 8
-"""Deeper than messages and schemas usually are. What is deeper may lie in itself, which ``deepcopy`` can copy."""
+_NESTED = 5
+"""How deep content is copied as plain JSON. What is deeper may lie in itself many times over, which ``deepcopy`` copies once."""
 
 
 class CalibratedBounds:

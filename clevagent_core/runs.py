@@ -368,6 +368,7 @@ class Run:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _try(self, call: Call, extra: Sequence[Budget]) -> Ticket | Stop:
+        # hooks(), without the call where the run has no guards of its own.
         hooks = self.watchdog.plugins.bound_hooks if self.guards is None else self.hooks()
         for check, plugin in hooks.before_call:
             try:
@@ -384,6 +385,18 @@ class Run:
         ticket = Ticket(self, call, rates, reservations)
         lent = watchdog.lent.get()
         extra = self._joined(extra, lent) if lent else extra
+        try:
+            stop = self._reserve(hooks, ticket, reservations, extra)
+            if stop is None:
+                self.root.open_work[ticket] = None
+                return ticket
+        except BaseException:  # also a signal handler's: nothing was sent, so nothing stays held
+            release_all(reservations)
+            raise
+        release_all(reservations)
+        return stop
+
+    def _reserve(self, hooks: BoundHooks, ticket: Ticket, reservations: list[Reservation], extra: Sequence[Budget]) -> Stop | None:
         for reserve, plugin in hooks.reserve:
             try:
                 answer = reserve(self, ticket, extra)
@@ -397,7 +410,6 @@ class Run:
                         ticket.max_output_tokens = granted
                     continue
             except (UsageError, LedgerError) as error:
-                release_all(reservations)
                 if not self.dry_run or isinstance(error, UsageError):
                     raise
                 answer = Warn(
@@ -407,10 +419,8 @@ class Run:
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)
             if stop is not None:
-                release_all(reservations)
                 return stop
-        self.root.open_work[ticket] = None
-        return ticket
+        return None
 
     def _joined(self, own: Sequence[Budget], lent: tuple[Budget, ...]) -> Sequence[Budget]:
         if not own:

@@ -188,6 +188,7 @@ class Ticket:
         run = self.run
         run.count(call, usage, cost, clamped=self.max_output_tokens is not None and self.is_clamped)
         outcome = Outcome("settled", usage, cost, error, result)
+        # run.hooks(), without the call where the run has no guards of its own.
         hooks = run.watchdog.plugins.bound_hooks if run.guards is None else run.hooks()
         for observer in hooks.call_settled:
             try:

@@ -173,6 +173,15 @@ class Watchdog:
         """
         if name in self._attached:
             return
+        # At once: what a plugin imports to attach may set off the import hook of "auto" for the same name.
+        self._attached.add(name)
+        try:
+            self._attach(name)
+        except BaseException:
+            self._attached.discard(name)
+            raise
+
+    def _attach(self, name: str) -> None:
         if name == "auto":
             self._attach_when_imported(self.plugins.attachable())
         elif not self.plugins.attach(name, self):
@@ -181,7 +190,6 @@ class Watchdog:
                 f"attach={name!r}: no plugin can attach to that, so nothing of it would be guarded. Known here: {known}. "
                 "`clevagent plugins` lists what is loaded."
             )
-        self._attached.add(name)
 
     def _attach_when_imported(self, modules: Mapping[str, str]) -> None:
         import wrapt  # noqa: PLC0415 - takes as long as half of clevagent, and is only needed here
@@ -438,7 +446,8 @@ class Watchdog:
         self._lock = threading.RLock()
         self.unrecorded.clear()  # the parent records it
         self.baselines.after_fork()
-        for run in {self.process_run, *self._active, *self._roots}:
+        # The root of a run that goes on may have ended.
+        for run in {self.process_run, *self._active, *self._roots, *(run.root for run in self._active)}:
             run.after_fork()
 
 

@@ -245,9 +245,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         try:
             facts = requests.facts_of(params)
             is_opaque = False
-            items: Sequence[object] = messages
             if messages and isinstance(messages[0], BaseMessage):
                 items, is_opaque = items_of(messages)
+            else:
+                items = list(messages)  # the caller's own list may be changed later
             # Many providers are reached through OpenAI's client; the model's own name tells more.
             provider = metadata.get("ls_provider")
             call = LLMCall(

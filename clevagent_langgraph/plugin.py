@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from clevagent_core.errors import UsageError
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ class LangGraphPlugin:
         """Attach to LangChain's callback managers, which graphs use too."""
         if name != "langgraph":
             return None
+        if "langchain" not in watchdog.plugins.attachable():
+            raise UsageError(
+                "attach=['langgraph'] goes through the plugin 'langchain', which is blocked, so no graph would be guarded. "
+                "Take 'langchain' out of block, or block 'langgraph' too and guard each graph: clevagent.guard(graph)."
+            )
         watchdog.attach("langchain")
         return True
 

@@ -170,9 +170,11 @@ class BudgetGuard:
         if rates is None and USD in found.units and settings.unknown_price != "allow":
             raise UsageError(unknown_price_message(call.model))
         tokens = run.watchdog.plugins.bound(call)
-        # Not capped by the price list's window: models are offered with larger ones (betas), and the list is not told.
-        if tokens is None or call.context_window is not None:
-            tokens = _within_window(call, tokens, rates, found)
+        if tokens is None:
+            tokens = _window_of(call, rates, found)
+        elif call.context_window is not None:
+            # Only the caller's: models are offered with larger windows (betas) than the price list knows.
+            tokens = min(tokens, call.context_window)
         limit = call.max_output_tokens
         if settings.estimate == "expected":
             # A third of the bytes, a quarter of the limit: what English prose and ordinary answers come to.
@@ -315,15 +317,13 @@ def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int)
     return (cost, tokens + output, tokens, output, 1, 0)
 
 
-def _within_window(call: LLMCall, bound: int | None, rates: Rates | None, found: Cover) -> int:
-    """Return the input bound of a call whose context window is known, or is all that is known (``bound`` is ``None``).
+def _window_of(call: LLMCall, rates: Rates | None, found: Cover) -> int:
+    """Return what a call reads at most whose text cannot bound its input: its context window, each time the model reads it.
 
     Raises:
-        UsageError: neither is known, and a budget depends on it.
+        UsageError: the window is not known, and a budget depends on it.
 
     """
-    if bound is not None:
-        return bound if call.context_window is None else min(bound, call.context_window)
     window = call.context_window or (rates.context_window if rates is not None else None)
     if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
         raise UsageError(

@@ -217,7 +217,7 @@ class MemoryLedger:
 
 
 def _fit_plainly(lines: Sequence[Line], amounts: Amounts) -> bool:
-    """Whether there is room on every account, and none needs a closer look: most reservations, at a fraction of the cost."""
+    """Check the ordinary case at a fraction of the cost: there is room on every account, and none needs a closer look."""
     for account, unit, enforced in lines:
         room = account.ceiling - account.keep - account.spent - account.held
         if amounts[unit] > room or account.latched or account.closed or not enforced:

@@ -91,3 +91,27 @@ def test_a_program_is_not_started_without_the_ceilings_that_were_asked_for(start
     assert done.stderr.startswith("ClevAgent could not start, so the program was not started either")
     assert "euro=5" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FRAMEWORKS = """
+import sys
+import {module}
+from clevagent_core import default
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+
+print([incident.kind for incident in default.current().recent])
+try:
+    for _ in range(2):
+        FakeListChatModel(responses=["ok"]).invoke("Hello")
+except RuntimeError as refusal:
+    print(type(refusal).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["langchain_core.callbacks.manager", "langgraph.graph", "langchain.agents"])
+def test_whatever_is_imported_first_is_attached_to_without_a_false_alarm(start, module):
+    """Attaching to LangGraph attaches to LangChain, whose import is being waited for, too."""
+    done = start(FRAMEWORKS.format(module=module), CLEVAGENT_AUTO_ATTACH="1", CLEVAGENT_BUDGETS="llm_calls=1 per=lifetime")
+    assert done.stdout.splitlines() == ["[]", "BudgetExceeded"], done.stderr
+    assert "could not attach" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import unicodedata
 
 import pytest
@@ -210,6 +211,22 @@ def test_a_text_below_many_lists_that_is_edited_in_place_is_not_the_one_that_was
     learn(provider, [message], 5)
     inner[0] = "x" * 1000
     assert provider.clevagent_bound(call([message])) == by_bytes([message])
+
+
+def test_a_text_of_a_class_that_cannot_be_copied_has_a_bound():
+    """Some frameworks keep more in a text than its characters."""
+
+    class Traced(str):
+        __slots__ = ("source",)
+
+        def __new__(cls, text, source):
+            made = super().__new__(cls, text)
+            made.source = source
+            return made
+
+    provider, text = CalibratedBounds(), Traced("hello", threading.Lock())
+    learn(provider, [text], 5)
+    assert provider.clevagent_bound(call([text, "more"])) == 5 + content_bound("more") + MESSAGE_OVERHEAD
 
 
 def test_a_message_that_lies_in_itself_has_a_bound():

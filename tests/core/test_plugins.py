@@ -551,6 +551,32 @@ def test_what_the_budget_guard_holds_is_released_when_a_later_guard_stops(make, 
     assert watchdog.process_run.remaining().usd == 1
 
 
+def test_an_interrupt_while_a_call_is_reserved_leaves_nothing_held(make, llm):
+    """Ctrl-C, or an exception of a signal handler, after the budget guard has held the money."""
+
+    class Interrupted:
+        @hookimpl(trylast=True)
+        def clevagent_reserve(self, run, ticket, extra):
+            raise KeyboardInterrupt
+
+    held = Held()
+    watchdog = make(plugins=[Interrupted(), held], budgets=[Budget(usd=1, per="day")])
+    with pytest.raises(KeyboardInterrupt), watchdog.run() as run:
+        run.open(llm(2))
+    assert watchdog.ledger.holds() == []
+    assert watchdog.process_run.remaining().usd == 1
+    assert held.ends == ["released"]
+
+
+def test_a_reservation_of_anybodys_is_charged_at_the_end_of_the_run(make, llm):
+    """What is held, by whatever guard, may have been sent."""
+    held = Held()
+    watchdog = make(plugins=[held])
+    with watchdog.run() as run:
+        run.open(llm())
+    assert held.ends == ["charged"]
+
+
 @pytest.mark.parametrize("end", ["settle", "release", "charge"])
 def test_a_reservation_of_anybodys_is_ended_once(make, llm, end):
     held = Held()

@@ -8,7 +8,7 @@ import pytest
 from langgraph.graph import START, StateGraph
 
 import clevagent
-from clevagent import Budget, BudgetExceeded, hookimpl
+from clevagent import Budget, BudgetExceeded, UsageError, hookimpl
 from clevagent.integrations.langgraph import clevagent_node_callback, monitored_node
 
 
@@ -68,6 +68,11 @@ def test_a_block_inside_a_node_is_told_under_its_name():
         with pytest.raises(BudgetExceeded):
             two_nodes(research, lambda _: {}).invoke({})
     assert {name: spend.calls for name, spend in run.summary().by_node.items()} == {"research": 1}
+
+
+def test_attaching_to_langgraph_without_the_plugin_that_it_goes_through_is_refused():
+    with pytest.raises(UsageError, match="goes through the plugin 'langchain', which is blocked"):
+        clevagent.init(attach=["langgraph"], block=["langchain"])
 
 
 def test_attaching_to_langgraph_is_attaching_to_langchain(provider, chat):

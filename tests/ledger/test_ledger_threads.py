@@ -436,6 +436,27 @@ def test_a_run_of_the_parent_is_refused_in_a_forked_child() -> None:
     watchdog.shutdown()
 
 
+@pytest.mark.slow
+@forks
+@needs_fork
+def test_a_forked_child_charges_no_call_of_its_parent(tmp_path) -> None:
+    """Also where the run goes on in the parent, and the one around it has ended there."""
+    watchdog = Watchdog(clock=FakeClock(auto_advance=True), prices=PRICES, ledger=str(tmp_path / "ledger.db"))
+    outer = watchdog.start_run(budgets=[Budget(tokens=100, per="day")])
+    inner = watchdog.start_run(parent=outer)
+    ticket = inner.open(LLMCall(model="m", input=["hello"], max_output_tokens=10))
+    outer.end()
+
+    def work() -> object:
+        inner.end()
+        return inner.summary().calls_charged_at_bound
+
+    assert in_forked_child(work, locks=()) == 0
+    ticket.settle(Usage(input_tokens=5, output_tokens=5))
+    assert inner.summary().total.input_tokens == 5
+    watchdog.shutdown()
+
+
 @forks
 @needs_fork
 def test_a_forked_child_without_budgets_goes_on() -> None:
