@@ -65,7 +65,8 @@ bench: $(STAMP) $(CREWAI_STAMP)
 	$(CREWAI)/bin/python benchmarks/crews.py
 	$(BIN)/python -m benchmarks.results --readme
 
-# Counts, which come out the same within a few per cent: what "not slower" means here.
+# Counts, which come out the same within a per cent: what "not slower" means here. Installs valgrind where it is missing and make runs as
+# root on Debian.
 bench-instructions: $(STAMP)
 	sh scripts/valgrind.sh
 	$(BIN)/python -m benchmarks.instructions

@@ -267,7 +267,7 @@ def sections(counts: dict[str, float]) -> list[Section]:
         row("`monitored_node`, called directly", "node, watched", "node, bare", "45 k"),
         row("`guard(client)`, OpenAI", "OpenAI, guarded", "OpenAI, bare", "400 k"),
         row("`guard(client)`, Anthropic", "Anthropic, guarded", "Anthropic, bare", "20 % of the bare call"),
-        row(f"a run starts and ends beside {OPEN_CALLS:,} open calls", "run, beside open calls", "run, alone", "0 k"),
+        row(f"a run starts and ends beside {OPEN_CALLS:,} open calls of another", "run, beside open calls", "run, alone", "0 k"),
     ]
     texts = [
         *(row(f"{size:,} bytes of ASCII", f"text of {size}", "core, fresh, empty", "-") for size in SIZES),

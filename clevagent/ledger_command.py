@@ -74,7 +74,7 @@ def top_up_command(before: str | None, /, words: Sequence[str], option: str | No
     from clevagent_core.money import to_pico  # noqa: PLC0415 - as above
 
     given = {unit: amount for unit, amount in amounts.items() if amount is not None}
-    argument, budget = _ledger_and_budget(words)
+    argument, budget = _ledger_and_budget(words, before, option)
     with _opened(before, option, argument) as ledger:
         if len(given) != 1:
             raise UsageError("Give exactly one amount, for example --usd 5; nothing was changed.")
@@ -105,7 +105,7 @@ def reset_command(before: str | None, *, words: Sequence[str], option: str | Non
     """
     from clevagent_core.ledger.inspection import choose  # noqa: PLC0415 - not needed for --help
 
-    argument, budget = _ledger_and_budget(words)
+    argument, budget = _ledger_and_budget(words, before, option)
     with _opened(before, option, argument) as ledger:
         found = choose(ledger.accounts(time.time()), budget, key=key, unit=None)
         for record in found:
@@ -116,9 +116,18 @@ def reset_command(before: str | None, *, words: Sequence[str], option: str | Non
     click.echo(f"Started {count} account{'' if count == 1 else 's'} from zero.")
 
 
-def _ledger_and_budget(words: Sequence[str]) -> tuple[str | None, str]:
-    """Split the arguments ``[LEDGER] BUDGET``: click has no optional argument in front of a required one."""
+def _ledger_and_budget(words: Sequence[str], *named: str | None) -> tuple[str | None, str]:
+    """Split the arguments ``[LEDGER] BUDGET``: click has no optional argument in front of a required one.
+
+    Args:
+        words: the arguments.
+        named: the ledger, where an option names it.
+
+    """
+    is_named = any((*named, os.environ.get("CLEVAGENT_LEDGER")))
     match words:
+        case (word,) if not is_named and Path(word).is_file():
+            raise click.UsageError(f"Missing argument 'BUDGET' after the ledger {word!r}.")
         case (budget,):
             return None, budget
         case (ledger, budget):
@@ -134,9 +143,9 @@ def _opened(*given: str | None) -> Iterator[LedgerFile]:
     """Open the ledger that was named in one of several places, or else in the environment."""
     from clevagent_core.ledger.inspection import LedgerFile  # noqa: PLC0415 - not needed for --help
 
+    named = [url for url in given if url] or [os.environ.get("CLEVAGENT_LEDGER", "")]
     try:
-        path = _path([url for url in given if url] or [os.environ.get("CLEVAGENT_LEDGER", "")])
-        ledger = LedgerFile(path)
+        ledger = LedgerFile(_path(named))
         try:
             yield ledger
         finally:
@@ -156,10 +165,8 @@ def _path(urls: Sequence[str]) -> Path:
     from clevagent_core.ledger.files import path_of  # noqa: PLC0415 - not needed for --help
 
     paths = {url: path_of(url) or (Path(url) if url and Path(url).is_file() else None) for url in urls}
-    if len({path.absolute() if path else url for url, path in paths.items()}) > 1:
-        raise UsageError(
-            f"Two different ledgers were named, {' and '.join(map(repr, paths))}; nothing was changed. Give one of them."
-        )
+    if len({path.resolve() if path else url for url, path in paths.items()}) > 1:
+        raise UsageError(f"Different ledgers were named, {' and '.join(map(repr, paths))}, so none was opened. Give one of them.")
     url, path = next(iter(paths.items()))
     if path is None:
         raise UsageError(

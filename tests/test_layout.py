@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 CONTRACTS = {contract["name"]: contract for contract in SETTINGS["importlinter"]["contracts"]}
-CIRCLES = 15
+CIRCLES = 14
 """How many imports still close a circle. Lower it with the list in pyproject.toml; it is never raised."""
 
 

@@ -123,9 +123,12 @@ class FakeClock:
         self._advancing.is_here = True
         try:
             self._work_until(end_ns)
+            self._pass_until(end_ns)
+        except BaseException:  # whose code: the work's; time stands where it failed
+            self._end_ns = self._monotonic_ns
+            raise
         finally:
             self._advancing.is_here = is_nested
-            self._pass_until(end_ns)
 
     def _work_until(self, end_ns: int) -> None:
         done: dict[_FakeTimer, int] = {}

@@ -721,7 +721,7 @@ def test_two_different_ledgers_are_refused_and_neither_is_changed(invoke, watch,
     for name in ("ledger.db", "other.db"):
         spend(watch(Budget(usd=1, per="day", name="b"), ledger=str(path.parent / name)).current_run(), 1)
     assert complaint(invoke(*arguments, ledger=None)) == snapshot(
-        "Error: Two different ledgers were named, 'ledger.db' and 'other.db'; nothing was changed. Give one of them."
+        "Error: Different ledgers were named, 'ledger.db' and 'other.db', so none was opened. Give one of them."
     )
     for name in ("ledger.db", "other.db"):
         (account,) = json.loads(invoke("show", "--json", ledger=name).output)["accounts"]
@@ -745,6 +745,18 @@ def test_one_argument_is_the_budget_and_more_than_two_are_refused(invoke, watch,
     assert complaint(invoke(command, "tokens", "a", "month")).endswith(
         "Error: Got 3 arguments, where [LEDGER] BUDGET are at most two: tokens a month"
     )
+
+
+@pytest.mark.parametrize("command", [["top-up", "ledger.db", "--usd", "1"], ["reset", "ledger.db"]], ids=["top-up", "reset"])
+def test_a_ledger_without_a_budget_behind_it_is_told_as_that(invoke, watch, path, command):
+    spend(watch(Budget(usd=1, per="day", name="b"), ledger=str(path.parent / "ledger.db")).current_run(), 1)
+    assert complaint(invoke(*command, ledger=None)).endswith("Error: Missing argument 'BUDGET' after the ledger 'ledger.db'.")
+
+
+def test_one_file_by_two_names_is_one_ledger(invoke, watch, path):
+    spend(watch(Budget(usd=1, per="day", name="daily"), ledger=str(path.parent / "ledger.db")).current_run(), 1)
+    (path.parent / "link.db").symlink_to("ledger.db")
+    assert "daily" in shown(invoke("--ledger", "link.db", "show", "ledger.db", ledger=None))
 
 
 @pytest.mark.slow

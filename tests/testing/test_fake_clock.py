@@ -131,6 +131,15 @@ def test_no_time_is_lost_when_many_threads_advance(clock):
     assert clock.monotonic() == 200
 
 
+def test_time_stands_where_what_is_repeated_fails(clock):
+    clock.repeat(lambda: 1 / 0, 1)
+    with pytest.raises(ZeroDivisionError):
+        clock.advance(10)
+    assert clock.monotonic() == 1
+    clock.advance(1)
+    assert clock.monotonic() == 2
+
+
 def test_nobody_waiting_is_told(clock):
     assert not clock.wait_for_waiters(timeout_s=0)
 
