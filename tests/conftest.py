@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
 import tempfile
 import warnings
@@ -50,6 +51,9 @@ _SENDS_WITH_HTTPCORE_1 = int(version("openai").partition(".")[0]) < 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Shells start what runs in the background deaf to Ctrl-C, and programs that tests start would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not HAS_CREWAI:
         return
     # CrewAI and litellm keep clients and event loops that nobody closes, and use what others have deprecated.

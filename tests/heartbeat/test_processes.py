@@ -161,7 +161,7 @@ def test_a_process_that_was_stopped_as_a_whole_is_not_stalled(start, receiver):
     code = textwrap.dedent(
         """
         import threading, clevagent
-        from clevagent_core.guards import stall
+        from clevagent_heartbeat import stall
         stall._LATE_S = 0.5
         looked, look = threading.Event(), stall.StallGuard.look
         def look_and_say_so(guard):
