@@ -391,6 +391,7 @@ class Run:
                 self.root.open_work[ticket] = None
                 return ticket
         except BaseException:  # also a signal handler's: nothing was sent, so nothing stays held
+            self.root.open_work.pop(ticket, None)
             release_all(reservations)
             raise
         release_all(reservations)
