@@ -160,12 +160,9 @@ def bench_model() -> Any:
     return BenchModel()
 
 
-def langchain() -> None:
+def noop_handler() -> Any:
+    """What any handler costs that hears of a call and its end."""
     from langchain_core.callbacks import BaseCallbackHandler
-    from langchain_core.messages import AIMessage, HumanMessage
-
-    import clevagent
-    from clevagent.integrations.langchain import ClevAgentCallbackHandler
 
     class NoOp(BaseCallbackHandler):
         raise_error = True
@@ -177,13 +174,22 @@ def langchain() -> None:
         def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    return NoOp()
+
+
+def langchain() -> None:
+    from langchain_core.messages import AIMessage, HumanMessage
+
+    import clevagent
+    from clevagent.integrations.langchain import ClevAgentCallbackHandler
+
     print("\nLangChain (a model that answers at once)")
     watchdog = Watchdog(prices=PRICES)
     logging.getLogger("clevagent").disabled = True
     model = bench_model()
     guarded = clevagent.guard(model, watchdog=watchdog)
     ours = {"callbacks": [ClevAgentCallbackHandler(watchdog=watchdog)]}
-    noop = {"callbacks": [NoOp()]}
+    noop = {"callbacks": [noop_handler()]}
     prompt = [HumanMessage("x" * 180)]
     with watchdog.run(budgets=[Budget(usd=BIG)]):
         times = interleaved(

@@ -88,24 +88,13 @@ def _core() -> Iterator[Operation]:
 
 
 def _langchain() -> Iterator[Operation]:
-    from langchain_core.callbacks import BaseCallbackHandler
     from langchain_core.messages import AIMessage, HumanMessage
     from langchain_core.outputs import ChatGeneration, ChatResult
 
-    from benchmarks.hot_paths import bench_model
+    from benchmarks.hot_paths import bench_model, noop_handler
     from clevagent.integrations.langchain import ClevAgentCallbackHandler
 
     number = numbers()
-
-    class NoOp(BaseCallbackHandler):
-        raise_error = True
-        run_inline = True
-
-        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
-            pass
 
     class FreshModel(type(bench_model())):  # type: ignore[misc]  # made where LangChain is imported
         """Answers something new each time."""
@@ -119,7 +108,7 @@ def _langchain() -> Iterator[Operation]:
     guarded = guard(model, watchdog=watchdog)
     ways = {
         "bare": (model, None),
-        "no-op": (model, {"callbacks": [NoOp()]}),
+        "no-op": (model, {"callbacks": [noop_handler()]}),
         "handler": (model, {"callbacks": [ClevAgentCallbackHandler(watchdog=watchdog)]}),
         "guard": (guarded, None),
     }
