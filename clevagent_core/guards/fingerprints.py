@@ -81,6 +81,8 @@ _CALL_ID = re.compile(
 )
 """Ids that providers and frameworks make up for calls, messages and their blocks: ``call_9Xb2...``, ``toolu_01A...``,
 ``run--7f31...``, ``lc_7f31...``."""
+_ID_LENGTHS: Final = range(25, 64)
+"""How many characters such an id has, with white space around it: looked at first, as most texts are longer or shorter."""
 _DETAIL = re.compile(r"\b[^\W\d]*+\d\w*(?:[-+.,:/]\w+)*")
 """Any word with a digit in it, and what is joined to it: numbers, dates, times, addresses, UUIDs, digests, ids of requests."""
 _DIGIT = re.compile(r"\d")
@@ -166,7 +168,7 @@ def _text_shape(text: str) -> int | None:
     text = _collapsed(text)
     if text[:1] in _OPENS and text[-1:] in _CLOSES:
         return None
-    if 24 < length < 64 and " " not in text and _CALL_ID.fullmatch(text):  # noqa: PLR2004 - as long as such an id may be
+    if length in _ID_LENGTHS and " " not in text and _CALL_ID.fullmatch(text):
         return _OMITTED[1]
     if _has_digit(text):
         return _hash(_unlabelled(text)) if len(text) <= 2 * _EDGE else _unlabelled_at_ends(text)
@@ -246,7 +248,7 @@ class _Walk:
                 return self._any(json.loads(text), depth)
             except (ValueError, RecursionError):
                 pass  # text that only looks like JSON
-        if 24 < length < 64 and " " not in collapsed and _CALL_ID.fullmatch(collapsed):  # noqa: PLR2004 - as long as such an id may be
+        if length in _ID_LENGTHS and " " not in collapsed and _CALL_ID.fullmatch(collapsed):
             return _OMITTED
         exact = _hash(collapsed)
         return exact, self._shape(collapsed, exact)
