@@ -206,6 +206,8 @@ class Pulse:
         with self._lock:
             if self._timer is None and not self._is_over:
                 self._timer = self._watchdog.clock.repeat(self.beat, first_s)
+                if self._sender is not None:
+                    self._sender.start()
                 self._end_with_child()
 
     def _end_with_child(self) -> None:

@@ -175,9 +175,18 @@ class Sender:
 
     # -- the thread -------------------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Start the thread before there is anything to send: Python 3.12 starts none while the interpreter shuts down."""
+        with self._lock:
+            if not self._is_stopping:
+                self._start_thread()
+
     def _begin(self) -> None:
         self._idle.clear()
         self._wake.set()
+        self._start_thread()
+
+    def _start_thread(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="clevagent-sender", daemon=True)
             try:
