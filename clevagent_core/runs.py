@@ -393,9 +393,20 @@ class Run:
         except BaseException:  # also a signal handler's: nothing was sent, so nothing stays held
             self.root.open_work.pop(ticket, None)
             release_all(reservations)
+            self._release_unreturned(ticket)
             raise
         release_all(reservations)
         return stop
+
+    def _release_unreturned(self, ticket: Ticket) -> None:
+        """Release what the ledger holds for a call whose reservation an interrupt kept from being returned."""
+        ledger = self.watchdog.ledger
+        unreturned = [hold for hold in ledger.holds() if hold.owner is ticket]
+        try:
+            for hold in unreturned:
+                ledger.release(hold)
+        except LedgerError:  # what interrupted the call matters more; the hold is charged when its time is over
+            logger.exception("What was held for an interrupted call could not be released.")
 
     def _reserve(self, hooks: BoundHooks, ticket: Ticket, reservations: list[Reservation], extra: Sequence[Budget]) -> Stop | None:
         for reserve, plugin in hooks.reserve:

@@ -568,6 +568,22 @@ def test_an_interrupt_while_a_call_is_reserved_leaves_nothing_held(make, llm):
     assert held.ends == ["released"]
 
 
+def test_an_interrupt_before_a_reservation_is_returned_leaves_nothing_held(make, llm, monkeypatch):
+    """Ctrl-C in the few instructions between the ledger's hold and the guard's answer."""
+    watchdog = make(budgets=[Budget(usd=1, per="day")])
+    reserve = watchdog.ledger.reserve
+
+    def interrupted(*args, **kwargs):
+        reserve(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watchdog.ledger, "reserve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watchdog.process_run.open(llm(2))
+    assert watchdog.ledger.holds() == []
+    assert watchdog.process_run.remaining().usd == 1
+
+
 def test_a_reservation_of_anybodys_is_charged_at_the_end_of_the_run(make, llm):
     """What is held, by whatever guard, may have been sent."""
     held = Held()
