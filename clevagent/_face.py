@@ -8,14 +8,16 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from clevagent_core import default
+from clevagent_core.blocks import OutsideRuns, RunBlock
 from clevagent_core.budgets import Budget, OnExceed, as_budgets, check_action, check_names
 from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import frame_of, place
 from clevagent_core.money import to_pico
 from clevagent_core.tickets import plain_step
 from clevagent_core.verdicts import Incident
-from clevagent_core.watchdog import RunBlock, Watchdog
+from clevagent_core.watchdog import Watchdog
 from clevagent_providers.requests import whole
 
 logger = logging.getLogger("clevagent")
@@ -33,7 +35,7 @@ def init(**settings: Any) -> Watchdog:
         settings: the fields of ``clevagent_core.settings.Settings``: ``agent``, ``budgets``, ``prices``, ``ledger``, ``attach``,
             ``auto_cost``, ``plugins``, ``block``, ``on_loop``, ``on_cost_exceeded``, ``api_key``, ``endpoint``, ``interval``, ``spool``,
             ``capture``, ``stall_after``, ``on_stall``, ``dry_run``, ``estimate``, ``assume_output_tokens``, ``wait_s``, ``hold_s``, ``flush_s``,
-            ``unknown_price``.
+            ``unknown_price``, ``unattributed``.
 
     Raises:
         UsageError: a setting that is unknown or wrong, or a second ``init`` with other settings.
@@ -60,7 +62,9 @@ def run(
 ) -> RunBlock:
     """Mark one piece of work: ``with clevagent.run(...) as run:``, ``async with``, or ``@clevagent.run(...)`` on a function.
 
-    A run inside another one is nested: what it uses counts against both.
+    A run inside another one is nested: what it uses counts against both. On a generator, sync or async, the decorator is the way that
+    holds whoever steps it, in whatever thread or task; a block inside it covers its own body too, but not always the tasks that it
+    starts (docs/threads-and-servers.md).
 
     Args:
         budgets: ceilings for this run.
@@ -73,6 +77,15 @@ def run(
 
     """
     return RunBlock(default.current, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
+
+
+def outside_runs() -> OutsideRuns:
+    """Let calls belong to no run: ``with clevagent.outside_runs():``, also ``async with``. Budgets of the process still cover them.
+
+    For background work of the program's own (a summariser, a scheduler) that was begun inside a run and is no part of it, or that runs
+    in a thread of which nobody can tell whose it is.
+    """
+    return OutsideRuns(default.current)
 
 
 def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None = None, watchdog: Watchdog | None = None) -> T:
@@ -305,7 +318,8 @@ def _log(
     run = watchdog.current_run()
     paid = None if cost_usd is None else to_pico(cost_usd, what="cost_usd")
     if paid is not None or tokens or input_tokens or output_tokens:
-        call = LLMCall(model=model or "unknown", tool=watchdog.tool.get(), node=watchdog.node.get())
+        call = LLMCall(model=model or "unknown")
+        place(call, frame_of(watchdog))
         usage = Usage(input_tokens=tokens + input_tokens, output_tokens=output_tokens)
         run.log(call, usage, _cost_of(watchdog, call, tokens, usage) if paid is None else paid)
     for _ in range(tool_calls):

@@ -23,6 +23,7 @@ from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import give_back, take
 from clevagent_core.errors import ClevAgentError, UsageError
+from clevagent_core.frames import frame_of, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_providers.answers import Reader
@@ -116,7 +117,7 @@ class _Sending:
         self.outer = outer
         self.run: Run = watchdog.current_run()
         self.call = plan.call
-        self.call.node, self.call.tool = watchdog.node.get(), watchdog.tool.get()
+        place(self.call, frame_of(watchdog))
         self.call.timeout_s = seconds_of(options.timeout, client.timeout)
         if not plan.is_priced and watchdog.settings.unknown_price == "allow":
             self.call.opaque = False

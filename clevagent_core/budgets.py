@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from inspect import iscoroutinefunction
 from typing import Literal, NamedTuple, cast, get_args
 
-from clevagent_core.calls import Call, LLMCall
+from clevagent_core.calls import Call, LLMCall, Path
 from clevagent_core.errors import UsageError
 from clevagent_core.money import MAX_PICO, to_pico
 from clevagent_core.verdicts import Incident, Unit
@@ -71,7 +71,7 @@ class Budget:
     """The window after which it starts from zero: ``run``, ``thread`` (a conversation), ``hour``, ``day``, ``month`` (UTC), or
     ``lifetime`` (never; with a memory ledger, the process)."""
     node: str | None = None
-    """Only what is called in this node or agent (``*`` and ``?`` match)."""
+    """Only what is called in this node, agent or task, at any depth (``*`` and ``?`` match; ``researcher/model`` is a node in a node)."""
     tool: str | None = None
     """Only calls of this tool, and what is called inside it (``*`` and ``?`` match)."""
     model: str | None = None
@@ -159,8 +159,11 @@ class Budget:
 
     def covers(self, call: Call) -> bool:
         """Tell whether ``call`` counts against this budget."""
-        model = call.model if isinstance(call, LLMCall) else None
-        return _matches(self.node, call.node) and _matches(self.tool, call.tool) and _matches(self.model, model)
+        if self.node is not None and not _is_in(self.node, call.node):
+            return False
+        if isinstance(call, LLMCall):
+            return (self.model is None or matches(self.model, call.model)) and (self.tool is None or _is_in(self.tool, call.tool))
+        return self.model is None and (self.tool is None or _is_in(self.tool, call.tool) or _is_in(self.tool, call.inside))
 
     def key(self, *, run_id: str, thread_id: str | None, tags: Mapping[str, str]) -> str:
         """Whose account it is: the run's or the thread's where the window is one, and the tag's value where ``by`` is given."""
@@ -319,5 +322,13 @@ def _ceiling(unit: Unit, value: object) -> int:
     return int(value)  # type: ignore[call-overload, no-any-return]  # every whole Real has an int
 
 
-def _matches(pattern: str | None, name: str | None) -> bool:
-    return pattern is None or (name is not None and (pattern == name or fnmatchcase(name, pattern)))
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether ``pattern`` (``*`` and ``?`` match) means ``name``."""
+    return pattern == name or fnmatchcase(name, pattern)
+
+
+def _is_in(pattern: str, name: str | None) -> bool:
+    """Tell whether ``pattern`` means what is called ``name``, or anything around it."""
+    if name is None:
+        return False
+    return matches(pattern, name) or (isinstance(name, Path) and any(matches(pattern, part) for part in name.parts))

@@ -5,9 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 from clevagent_core.errors import UsageError
+
+
+class Path(str):
+    """Names of what is inside each other, outermost first, written with slashes: ``researcher/model``."""
+
+    __slots__ = ("parts",)
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, parts: Sequence[str]) -> Self:
+        """Write them."""
+        made = super().__new__(cls, "/".join(parts))
+        made.parts = tuple(parts)
+        return made
+
+    def __reduce__(self) -> tuple[type[Path], tuple[tuple[str, ...]]]:
+        """Survive pickling with all parts."""
+        return type(self), (self.parts,)
+
+
+def path(names: Sequence[str]) -> str | None:
+    """Name what is inside each other; ``None`` for nothing."""
+    if len(names) <= 1:
+        return names[0] if names else None
+    return Path(names)
+
+
+def parts_of(name: str | None) -> tuple[str, ...]:
+    """Give the names in a path; a name that is none stands for itself."""
+    return () if name is None else name.parts if isinstance(name, Path) else (name,)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,9 +81,9 @@ class LLMCall:
     service_tier: str | None = None
     """The provider's service tier, where the request names one."""
     node: str | None = None
-    """The node or agent it is made in, for ``Budget(node=...)`` and the summary."""
+    """The node, agent or task it is made in, for ``Budget(node=...)`` and the summary: a :class:`Path` where they are nested."""
     tool: str | None = None
-    """The tool it is made in, for ``Budget(tool=...)``."""
+    """The tool it is made in, for ``Budget(tool=...)`` and the summary; a :class:`Path`, as for ``node``."""
     thread_id: str | None = None
     """The conversation it belongs to, for ``Budget(per="thread")``."""
     timeout_s: float | None = None
@@ -73,7 +103,9 @@ class ToolCall:
     arguments: object = None
     """What it is called with; stays in the process."""
     node: str | None = None
-    """The node or agent it is made in."""
+    """The node, agent or task it is made in: a :class:`Path` where they are nested."""
+    inside: str | None = None
+    """The tool it is made in; a :class:`Path`, as for ``node``."""
     thread_id: str | None = None
     """The conversation it belongs to."""
     timeout_s: float | None = None

@@ -1,13 +1,14 @@
 """Whose a request is: that of the model call which a framework's adapter opened around it, or one of its own.
 
-An adapter of a framework opens a ticket and sets ``watchdog.covered`` while the framework makes the call; the adapter of the SDK
-below finds it there, and does not count the request again. One ticket covers one request: what a callback or a tool sends while
-the ticket is open, and what is sent after a cancelled call whose ticket nobody ended, is a request of its own.
+An adapter of a framework opens a ticket and lets it cover (in the frame) what the framework sends; the adapter of the SDK below finds
+it there, and does not count the request again. One ticket covers one request: what a callback or a tool sends while the ticket is
+open, and what is sent after a cancelled call whose ticket nobody ended, is a request of its own.
 """
 
 from __future__ import annotations
 
 from clevagent_core.calls import LLMCall
+from clevagent_core.frames import covering, enter, leave
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
@@ -16,35 +17,31 @@ _SWEEP = 256
 
 _taken: dict[int, tuple[Ticket, object]] = {}
 """The tickets whose request was seen, by id; each with a mark of who saw it. Contexts do not do: a task has a copy of its own."""
-_before: dict[int, tuple[Ticket, Ticket]] = {}
-"""The ticket that a ticket was opened after in the same context, where that one has not been sent yet (``generate([a, b])``)."""
 
 
-def cover(ticket: Ticket) -> Ticket | None:
-    """Let ``ticket`` cover the request that is sent next in this context; give what covered it before, for :func:`uncover`."""
-    covered = ticket.run.watchdog.covered
-    before = covered.get()
-    if before is not None and before.is_open and id(before) not in _taken:
-        _make_room()
-        _before[id(ticket)] = ticket, before
-    covered.set(ticket)
-    return before
+def cover(ticket: Ticket) -> None:
+    """Let ``ticket`` cover the request that is sent next in this context, until it has ended or ``uncover`` is called.
+
+    What covered it before (``generate([a, b])``) covers the next one.
+    """
+    run = ticket.run
+    frame = enter(run.watchdog, run)
+    frame.covered = ticket
+    ticket.frame = frame
 
 
-def uncover(ticket: Ticket, before: Ticket | None = None) -> None:
-    """Let ``ticket`` cover nothing more in this context."""
-    covered = ticket.run.watchdog.covered
-    if covered.get() is ticket:
-        covered.set(before)
-    if (_taken or _before) and not ticket.is_open:  # it covers nothing any more, and holds all that was sent
+def uncover(ticket: Ticket) -> None:
+    """Let ``ticket`` cover nothing more, in whatever context."""
+    if ticket.frame is not None:
+        leave(ticket.frame)
+    if _taken and not ticket.is_open:  # it covers nothing any more, and holds all that was sent
         _taken.pop(id(ticket), None)
-        _before.pop(id(ticket), None)
 
 
 def take(watchdog: Watchdog, model: str) -> Ticket | None:
     """Find the ticket that covers a request to ``model`` that is about to be sent here, and let it cover no other."""
-    ticket = watchdog.covered.get()
-    while ticket is not None:
+    for frame in covering(watchdog):
+        ticket: Ticket = frame.covered
         call = ticket.call
         if ticket.is_open and isinstance(call, LLMCall) and _is_same(call.model, model):
             mark = object()
@@ -52,8 +49,6 @@ def take(watchdog: Watchdog, model: str) -> Ticket | None:
             # One operation: of two threads that see the same ticket, one gets it.
             if _taken.setdefault(id(ticket), (ticket, mark))[1] is mark:
                 return ticket
-        link = _before.get(id(ticket))
-        ticket = link[1] if link is not None and link[0] is ticket else None
     return None
 
 
@@ -68,8 +63,7 @@ def _is_same(told: str, sent: str) -> bool:
 
 
 def _make_room() -> None:
-    for entries in (_taken, _before):
-        if len(entries) > _SWEEP:
-            for key, entry in list(entries.items()):
-                if not entry[0].is_open:
-                    entries.pop(key, None)
+    if len(_taken) > _SWEEP:
+        for key, entry in list(_taken.items()):
+            if not entry[0].is_open:
+                _taken.pop(key, None)

@@ -9,6 +9,7 @@ from clevagent_core.bounds import is_opaque, rounds_of, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import Activity, Frame, frame_of, leave, open_block, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
@@ -163,7 +164,6 @@ class LLMCallBlock:
             timeout_s=_seconds(timeout_s, "llm_call"),
         )
         self._ticket: Ticket | None = None
-        self._covered_before: Ticket | None = None
 
     def __enter__(self) -> OpenLLMCall:
         """Check the call and hold what it could cost, or raise; may wait for held money."""
@@ -172,7 +172,7 @@ class LLMCallBlock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Charge the upper bound if nothing was told: the call may have been sent."""
         if self._ticket is not None:
-            uncover(self._ticket, self._covered_before)
+            uncover(self._ticket)
             self._ticket.charge(error)
 
     async def __aenter__(self) -> OpenLLMCall:
@@ -187,15 +187,17 @@ class LLMCallBlock:
 
     def _run(self) -> Run:
         watchdog = self._watchdog()
-        self._call.tool = watchdog.tool.get()
-        if self._call.node is None:
-            self._call.node = watchdog.node.get()
+        place(self._call, frame_of(watchdog))
         return watchdog.current_run()
 
     def _entered(self, ticket: Ticket) -> OpenLLMCall:
         self._ticket = ticket
-        # A client that is guarded, too, sends the request as a part of this call.
-        self._covered_before = cover(ticket)
+        try:
+            # A client that is guarded, too, sends the request as a part of this call.
+            cover(ticket)
+        except BaseException:  # a signal handler's: the block is not entered
+            ticket.release()
+            raise
         return OpenLLMCall(ticket)
 
 
@@ -215,7 +217,7 @@ class ToolCallBlock:
         self._watchdog = watchdog
         self._call = ToolCall(tool=name, arguments=arguments, node=node, timeout_s=_seconds(timeout_s, "tool_call"))
         self._ticket: Ticket | None = None
-        self._outer: str | None = None
+        self._frame: Frame | None = None
 
     def __enter__(self) -> OpenToolCall:
         """Check the call, or raise."""
@@ -228,10 +230,8 @@ class ToolCallBlock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Tell that the tool has run, unless the block told otherwise."""
         if self._ticket is not None:
-            # Not by token: a generator may be closed in another context than the one it was entered in.
-            tool = self._ticket.run.watchdog.tool
-            if tool.get() == self._call.tool:
-                tool.set(self._outer)
+            if self._frame is not None:
+                leave(self._frame)
             self._ticket.settle(error=error)
 
     async def __aexit__(
@@ -242,13 +242,14 @@ class ToolCallBlock:
 
     def _run(self) -> Run:
         watchdog = self._watchdog()
-        if self._call.node is None:
-            self._call.node = watchdog.node.get()
+        place(self._call, frame_of(watchdog))
         return watchdog.current_run()
 
     def _entered(self, ticket: Ticket) -> OpenToolCall:
         self._ticket = ticket
-        tool = ticket.run.watchdog.tool
-        self._outer = tool.get()
-        tool.set(self._call.tool)
+        try:
+            self._frame = open_block(ticket.run.watchdog, ticket.run, Activity("tool", self._call.tool))
+        except BaseException:  # a signal handler's: the block is not entered
+            ticket.release()
+            raise
         return OpenToolCall(ticket)

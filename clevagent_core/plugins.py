@@ -46,6 +46,7 @@ BUILTINS = (
     "clevagent_core.guards.budget",
     "clevagent_heartbeat.stall",
     "clevagent_core.guards.spike",
+    "clevagent_core.carrying",
     "clevagent_heartbeat.pulse",
     "clevagent_core.bounds",
     "clevagent_core.price_list",

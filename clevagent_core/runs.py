@@ -21,11 +21,12 @@ from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, RemoteStop, Stopped, UsageError, passing
+from clevagent_core.frames import Activity, current_task, frame_of, leave, open_block
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.progress import Progress
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
-from clevagent_core.tickets import Reservation, Ticket, Wait, Work, current_task, release_all
+from clevagent_core.tickets import Reservation, Ticket, Wait, Work, release_all
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _ERRORS: dict[str, type[Stopped]] = {
     "loop": LoopDetected,
     "remote": RemoteStop,
     "paused": RemoteStop,
+    "run_over": BudgetExceeded,
+    "unattributed": BudgetExceeded,
 }
 
 
@@ -55,7 +58,7 @@ class Run:
     safe from any thread.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - what a run is, one line for each
         self,
         watchdog: Watchdog,
         *,
@@ -113,14 +116,19 @@ class Run:
         """How often ``forgive_loops`` was called on this run tree; kept on its root."""
         self.progress: Progress = Progress(self.started_monotonic, current_task()) if parent is None else parent.progress
         """How the whole run tree gets on."""
+        self.barred: Incident | None = None if parent is None else parent.barred
+        """Why every call in it is refused."""
+        self._leases: set[object] = set()
+        self._is_left = False
         self._tally = Tally()
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
-    def open(self, call: Call, extra: Sequence[Budget] = ()) -> Ticket:
+    def open(self, call: Call, extra: Sequence[Budget] = (), *, through: type[BaseException] | None = None) -> Ticket:
         """Check ``call`` and hold what it could cost, or raise. Blocks up to ``wait_s`` while money is merely held.
 
-        On a thread that runs an event loop it never blocks: there it raises ``BudgetBusy`` at once.
+        On a thread that runs an event loop it never blocks: there it raises ``BudgetBusy`` at once. What is raised is ``through``,
+        too, the type that a framework lets pass.
 
         Raises:
             BudgetExceeded: a budget has no room. BudgetBusy: the room is held by calls in flight. Stopped: another guard.
@@ -134,9 +142,9 @@ class Run:
             answer = self._wait(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
-        raise self.refused(answer.incident)
+        raise self.refused(answer.incident, through)
 
-    async def aopen(self, call: Call, extra: Sequence[Budget] = ()) -> Ticket:
+    async def aopen(self, call: Call, extra: Sequence[Budget] = (), *, through: type[BaseException] | None = None) -> Ticket:
         """Do what ``open`` does, waiting without blocking the event loop."""
         answer = self._try(call, extra)
         if isinstance(answer, Ticket):
@@ -145,7 +153,7 @@ class Run:
             answer = await self._await(call, extra, answer)
             if isinstance(answer, Ticket):
                 return answer
-        raise self.refused(answer.incident)
+        raise self.refused(answer.incident, through)
 
     def begin(self, name: str) -> Work:
         """Tell that a piece of work begins which is no call itself, as a node: where it is stuck can be told then. ``finish`` ends it."""
@@ -291,14 +299,19 @@ class Run:
             if stop is not None:
                 raise self.refused(stop.incident)
 
-    def refused(self, incident: Incident) -> Stopped:
-        """Count a refusal, and make the error that tells it. For adapters that refuse work which is no call itself, as a node."""
+    def refused(self, incident: Incident, through: type[BaseException] | None = None) -> Stopped:
+        """Count a refusal, and make the error that tells it. For adapters that refuse work which is no call itself, as a node.
+
+        It is of the type that the framework around lets pass, too: ``through``, or what the frame of this context tells.
+        """
         for run in self.chain():
             run._tally.refuse()  # noqa: SLF001 - a run of the same chain
         kind = _ERRORS.get(incident.kind, Stopped)
-        through, ending = self.watchdog.through.get(), self.watchdog.ending.get()
-        if ending is not None:
-            through = _both(through, ending(incident))
+        frame = frame_of(self.watchdog)
+        if frame is not None:
+            through = through or frame.through
+            if frame.ending is not None:
+                through = _both(through, frame.ending(incident))
         return (kind if through is None else passing(kind, through))(incident)
 
     def stopped_by(self, incident: Incident) -> None:
@@ -313,24 +326,49 @@ class Run:
     @contextmanager
     def wrap_up(self) -> Iterator[None]:
         """Let the calls inside use what ``keep_usd`` keeps back, after the stop: a closing answer, an apology, a hand-over."""
-        token = self.watchdog.wrapping_up.set(True)
+        around = frame_of(self.watchdog)
+        frame = open_block(self.watchdog, self if around is None else around.run, Activity("wrap_up"))
         try:
             yield
         finally:
-            self.watchdog.wrapping_up.reset(token)
+            leave(frame)
 
     @contextmanager
     def activate(self) -> Iterator[Run]:
-        """Make this the current run of a thread of your own: a raw thread does not inherit the ``with`` block it was started in."""
-        token = self.watchdog.current.set(self)
+        """Make this the current run of whatever is called inside: in a thread or a task of your own that inherited none."""
+        frame = open_block(self.watchdog, self, introduces_run=True)
         try:
             yield self
         finally:
-            self.watchdog.current.reset(token)
+            leave(frame)
 
-    def end(self) -> RunSummary:
-        """End the run: what is still held is charged, because it may have been sent. Does nothing the second time."""
+    def barred_by(self, incident: Incident) -> Run:
+        """Make a run inside this one that refuses every call, because of ``incident``, which is told once for each kind."""
+        run = Run(self.watchdog, parent=self, run_id=self.run_id)
+        run.barred = incident
+        return run
+
+    def lease(self) -> Callable[[], None]:
+        """Keep the run from ending before what was made in it is read: a stream. Give what ends that, once."""
+        lease = object()
+        self._leases.add(lease)
+
+        def end() -> None:
+            self._leases.discard(lease)
+            if self._is_left and not self._leases:
+                self.end()
+
+        return end
+
+    def end(self, *, at_once: bool = False) -> RunSummary:
+        """End the run: what is still held is charged, because it may have been sent. Does nothing the second time.
+
+        It goes on while a stream that was made in it waits to be read, unless ``at_once`` says that nobody will.
+        """
         if self.ended_at is not None:
+            return self.summary()
+        self._is_left = True
+        if self._leases and not at_once:
             return self.summary()
         self.ended_at = self.watchdog.clock.wall()
         for work in list(self.root.open_work):
@@ -368,6 +406,9 @@ class Run:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _try(self, call: Call, extra: Sequence[Budget]) -> Ticket | Stop:
+        if self.barred is not None and not self.dry_run:
+            self.watchdog.tell_once(self.barred, key=self.barred.kind)
+            return Stop(incident=self.barred)
         # hooks(), without the call where the run has no guards of its own.
         hooks = self.watchdog.plugins.bound_hooks if self.guards is None else self.hooks()
         for check, plugin in hooks.before_call:
@@ -383,8 +424,9 @@ class Run:
         rates = watchdog.rates(call) if isinstance(call, LLMCall) else None
         reservations: list[Reservation] = []
         ticket = Ticket(self, call, rates, reservations)
-        lent = watchdog.lent.get()
-        extra = self._joined(extra, lent) if lent else extra
+        frame = frame_of(watchdog)
+        if frame is not None and frame.lent:
+            extra = self._joined(extra, frame.lent)
         try:
             stop = self._reserve(hooks, ticket, reservations, extra)
             if stop is None:

@@ -21,6 +21,7 @@ _AUTO_ATTACH = "auto_attach"
 
 Estimate = Literal["upper", "expected"]
 UnknownPrice = Literal["refuse", "allow"]
+Unattributed = Literal["refuse", "process"]
 OnCostExceeded = Literal["warn", "raise"] | Callable[[Incident], object]
 OnLoop = Literal["warn", "raise"] | Callable[[Incident], object]
 OnStall = Literal["warn", "exit"] | Callable[[Incident], object]
@@ -198,6 +199,9 @@ class Settings:
     """How many seconds ``shutdown`` may take to tell observers what they have not heard yet."""
     unknown_price: UnknownPrice = _setting("refuse", str)
     """What happens to a model without a price under a budget in US dollars: ``refuse``, or ``allow`` it as costing 0."""
+    unattributed: Unattributed = _setting("refuse", str)
+    """What happens to a call of which nobody can tell whose it is, while several runs with budgets are active: ``refuse``, or count it
+    for the ``process`` only, so that it may pass their ceilings."""
 
     @classmethod
     def resolve(cls, arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
@@ -252,8 +256,8 @@ class Settings:
         self._check_monitor()
         self._check_stalls()
         self._check_prices()
-        for name, allowed in (("estimate", get_args(Estimate)), ("unknown_price", get_args(UnknownPrice))):
-            value = getattr(self, name)
+        for name, kind_of in (("estimate", Estimate), ("unknown_price", UnknownPrice), ("unattributed", Unattributed)):
+            value, allowed = getattr(self, name), get_args(kind_of)
             if value not in allowed:
                 raise UsageError(f"{name}={value!r} is not known. Use {' or '.join(map(repr, allowed))}.")
         for name, least in (("wait_s", 0), ("hold_s", 1), ("flush_s", 0), ("interval", 1)):

@@ -126,7 +126,7 @@ class Tally:
                 self.clamped += sign
             if isinstance(call, ToolCall):
                 self.tool_calls += sign
-                _add(self.by_tool, call.tool, sign, amount, 0, 0)
+                _add(self.by_tool, call.tool if call.inside is None else f"{call.inside}/{call.tool}", sign, amount, 0, 0)
                 return
             if cost is None:
                 self.unpriced += sign

@@ -6,16 +6,13 @@ import functools
 import logging
 import math
 import os
-import sys
 import threading
-import weakref
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from clevagent_core.calls import Call, LLMCall, Step, Usage
+from clevagent_core.frames import Frame, current_task
 
 if TYPE_CHECKING:
-    import asyncio
-
     from clevagent_core.pricing import Rates
     from clevagent_core.runs import Run
 
@@ -29,17 +26,6 @@ def plain_step(kind: Literal["llm_call", "tool_call", "ping"], name: str) -> Ste
     """Give the step that tells nothing but its name."""
     # Frozen, and the same for every call of one model or tool: making one costs as much as settling in the ledger.
     return Step(kind=kind, name=name)
-
-
-def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
-    """Find the asyncio task that runs here. Costs next to nothing where asyncio is not in use."""
-    asyncio = sys.modules.get("asyncio")
-    # Another thread may be importing it at this moment: a loop can only run here once that is done.
-    running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
-    if asyncio is None or running_loop is None or running_loop() is None:
-        return None
-    task = asyncio.current_task()
-    return None if task is None else weakref.ref(task)
 
 
 class Reservation(Protocol):
@@ -113,6 +99,7 @@ class Ticket:
         "_reservations",
         "_status",
         "call",
+        "frame",
         "max_output_tokens",
         "moved_at",
         "rates",
@@ -134,6 +121,8 @@ class Ticket:
         self.rates = rates
         self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
         """The output limit to send with the request: what was asked for, or what is left of it."""
+        self.frame: Frame | None = None
+        """The frame in which it covers what is sent."""
         self._reservations = reservations
         self._status: Literal["open", "settled", "released", "charged"] = "open"
         self._charged_cost: int | None = None
@@ -246,6 +235,8 @@ class Ticket:
                 return False
             self._status = status
             was_counted, self._is_charge_counted = self._is_charge_counted, False
+        if self.frame is not None:
+            self.frame.is_over = True
         self.run.root.open_work.pop(self, None)
         if was_counted:
             run = self.run

@@ -9,19 +9,19 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from functools import partial, wraps
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from types import TracebackType
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from functools import partial
+from typing import Any, Protocol
 
 from clevagent_core.accounts import record
+from clevagent_core.attribution import run_around_work, run_of_call
 from clevagent_core.baselines import Baselines
-from clevagent_core.budgets import Budget, as_budgets, check_actions, check_names
+from clevagent_core.blocks import OutsideRuns, RunBlock
+from clevagent_core.budgets import Budget, check_names
 from clevagent_core.calls import Call, LLMCall, Usage
 from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.control import Control
 from clevagent_core.errors import LedgerError, UsageError
+from clevagent_core.frames import Frame, frame_of, living
 from clevagent_core.incidents import IncidentTeller
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
@@ -34,12 +34,6 @@ from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 
 logger = logging.getLogger("clevagent")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-Ending = Callable[[Incident], type[BaseException] | None]
-"""See ``Watchdog.ending``."""
 
 _CLIENTS = frozenset({"openai", "anthropic"})
 """What ``auto_cost`` attaches to."""
@@ -82,24 +76,10 @@ class Watchdog:
         self.settings = Settings.resolve(settings)
         self.clock: Clock = clock or SystemClock()
         self.pid = os.getpid()
-        self.current: ContextVar[Run | None] = ContextVar("clevagent_run", default=None)
-        """The innermost run of this context."""
-        self.wrapping_up: ContextVar[bool] = ContextVar("clevagent_wrapping_up", default=False)
-        """Whether calls of this context may use what budgets keep back."""
-        self.tool: ContextVar[str | None] = ContextVar("clevagent_tool", default=None)
-        """The tool that this context runs."""
-        self.node: ContextVar[str | None] = ContextVar("clevagent_node", default=None)
-        """The node, agent or task that this context runs, where an adapter knows better than the call itself."""
-        self.covered: ContextVar[Ticket | None] = ContextVar("clevagent_covered", default=None)
-        """The model call that a framework's adapter opened in this context. While its ticket is open, whatever is further down
-        (the SDK's client) is a part of it, and does not count again."""
-        self.through: ContextVar[type[BaseException] | None] = ContextVar("clevagent_through", default=None)
-        """The exception type that the framework around this context lets pass: what is raised here is one, too."""
-        self.ending: ContextVar[Ending | None] = ContextVar("clevagent_ending", default=None)
-        """Where it depends on what was refused: gives, for the incident, the type by which the framework is ended; ``None`` to leave
-        it at ``through``."""
-        self.lent: ContextVar[tuple[Budget, ...]] = ContextVar("clevagent_lent", default=())
-        """The budgets of the node that this context runs: they cover every call in it."""
+        self.current = View(self, _current_run)
+        """The innermost run of this context, by its ``get()``; for a look, what a call belongs to ``current_run()`` tells."""
+        self.tool = View(self, _current_tool)
+        """The tool that this context runs, by its ``get()``."""
         self.recent: deque[Incident] = deque(maxlen=_RECENT)
         """The latest incidents, oldest first."""
         self.steps = Steps()
@@ -211,50 +191,33 @@ class Watchdog:
         """Make a block for one piece of work: see ``clevagent.run``."""
         return RunBlock(lambda: self, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
 
-    def current_run(self, *, tells: bool = True) -> Run:
-        """Find the run that a call made here belongs to.
+    def outside_runs(self) -> OutsideRuns:
+        """Make a block whose calls belong to no run: see ``clevagent.outside_runs``."""
+        return OutsideRuns(lambda: self)
 
-        The innermost ``with`` block of this context. A raw thread inherits none: while one run (with those nested in it) is
-        active in the process, its calls count against that; while several are, against the run around all of them; else against
-        the process's own run, which is told once (unless ``tells`` says that this is no call).
+    def current_run(self, *, tells: bool = True) -> Run:
+        """Find the run that a call made here belongs to: see :mod:`clevagent_core.attribution`.
+
+        Where nobody can tell, that is one that refuses every call. ``tells=False`` says that this is no call, of which somebody
+        should hear.
         """
-        run = self.current.get()
-        if run is not None:
+        frame = frame_of(self)
+        if frame is not None:
+            run: Run = frame.run
             return run
-        if not self._active:
-            return self.process_run
         with self._lock:
-            runs = list(self._active)
-        found = _around_all(runs)
-        if found is None and runs and tells:
-            self.tell_once(
-                Incident(
-                    kind="thread",
-                    message=(
-                        f"A call was made in a thread that inherits no run, while {len(runs)} runs are active: it cannot be told "
-                        "whose it is, so it counts only against the budgets of the process. Open `with run.activate():` in the "
-                        "thread, or start it with contextvars.copy_context().run. (Told once.)"
-                    ),
-                    agent=self.settings.agent,
-                    run_id=self.process_run.run_id,
-                    at=self.clock.wall(),
-                ),
-                key="",
-            )
-        return found or self.process_run
+            active = dict(self._active)
+        return run_of_call(self.process_run, active, tells=tells)
 
     def enclosing_run(self) -> Run | None:
-        """Find the run that a piece of work which begins here (a root invocation, a kickoff) is a part of; ``None`` if of none.
-
-        That of this context; in a raw thread, which inherits none, the ``with`` block that is active in the process, or the one around
-        all that are. Other pieces of work beside it are no part of it, and it is none of theirs.
-        """
-        run = self.current.get()
-        if run is not None or not self._active:
+        """Find the run that a piece of work which begins here (a root invocation, a kickoff) is a part of; ``None`` if of none."""
+        frame = frame_of(self)
+        if frame is not None:
+            run: Run = frame.run
             return run
         with self._lock:
-            active = list(self._active.items())
-        return _around_all([run for run, is_block in active if is_block])
+            active = dict(self._active)
+        return run_around_work(self.process_run, active)
 
     def start_run(
         self,
@@ -411,7 +374,7 @@ class Watchdog:
             with self._lock:
                 active = list(self._active)
             for run in reversed(active):
-                run.end()
+                run.end(at_once=True)
             self.process_run.end()
             self.record_waiting()
             if self.unrecorded:
@@ -484,111 +447,26 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _around_all(runs: Sequence[Run]) -> Run | None:
-    """Find the innermost run that all of ``runs`` are, or are nested in; where they are nested in each other, the innermost of them."""
-    deepest = max(runs, key=_depth, default=None)
-    if deepest is None or all(other in deepest.chain() for other in runs):
-        return deepest
-    # Several at once: the run around all of them, if there is one, counts for certain.
-    return next((run for run in deepest.chain() if all(run in other.chain() for other in runs)), None)
+class View:
+    """Looks at what stands around this context, where somebody wants to know."""
+
+    __slots__ = ("_look", "_watchdog")
+
+    def __init__(self, watchdog: Watchdog, look: Callable[[Frame], Any]) -> None:
+        """Look with ``look``."""
+        self._watchdog = weakref.ref(watchdog)
+        self._look = look
+
+    def get(self) -> Any:
+        """Tell what is there now; ``None`` for nothing."""
+        frame = frame_of(self._watchdog())
+        return None if frame is None else self._look(frame)
 
 
-def _depth(run: Run) -> int:
-    return sum(1 for _ in run.chain())
+def _current_run(frame: Frame) -> object:
+    return frame.run
 
 
-class RunBlock:
-    """``with clevagent.run(...) as run:``, its async twin, and the decorator of the same name.
-
-    One block can be entered many times, also at once: each time is a run of its own.
-    """
-
-    def __init__(
-        self,
-        watchdog: Callable[[], Watchdog],
-        *,
-        budgets: Sequence[Budget],
-        guards: Sequence[object],
-        tags: Mapping[str, str] | None,
-        dry_run: bool,
-    ) -> None:
-        """Made by ``run()``."""
-        self._watchdog = watchdog
-        self._budgets = as_budgets(budgets)
-        check_actions(self._budgets, where="run(budgets=[...])")
-        self._guards = tuple(guards)
-        if not isinstance(tags or {}, Mapping):
-            raise UsageError(
-                f"tags={tags!r} is no mapping, so no Budget(by=...) could find a value in it. Write tags={{'tenant': 'acme'}}."
-            )
-        self._tags = dict(tags or {})
-        self._dry_run = dry_run
-        self._runs: list[Run] = []
-
-    def __enter__(self) -> Run:
-        """Begin a run."""
-        watchdog = self._watchdog()
-        outer = watchdog.current.get()
-        run = watchdog.start_run(
-            budgets=self._budgets, tags=self._tags, parent=outer, dry_run=self._dry_run, guards=self._guards, is_block=True
-        )
-        self._runs.append(run)
-        watchdog.current.set(run)
-        return run
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """End the run; what was raised goes on."""
-        run = self._innermost()
-        self._runs.remove(run)
-        # Not by token: a generator may be closed in another context than the one it was entered in.
-        if run.watchdog.current.get() is run:
-            run.watchdog.current.set(run.parent)
-        run.end()
-
-    def _innermost(self) -> Run:
-        # Entered several times at once, the block finds its run by the context; elsewhere the last one is meant.
-        for watchdog in {run.watchdog for run in self._runs}:
-            run = watchdog.current.get()
-            while run is not None:
-                if run in self._runs:
-                    return run
-                run = run.parent
-        return self._runs[-1]
-
-    async def __aenter__(self) -> Run:
-        """Begin a run."""
-        return self.__enter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End the run; what was raised goes on."""
-        self.__exit__(kind, error, traceback)
-
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Make each call of ``function`` (sync or async) a run of its own.
-
-        Raises:
-            UsageError: it is a generator, whose body runs in pieces between which the run would be everybody's.
-
-        """
-        if isgeneratorfunction(function) or isasyncgenfunction(function):
-            raise UsageError(
-                f"@run cannot wrap the generator {function.__name__}(): its body runs in pieces, and the code between them would "
-                "count against its run. Open `with clevagent.run(...)` around the loop that consumes it."
-            )
-        if iscoroutinefunction(function):
-
-            @wraps(function)
-            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-                with self:
-                    return await function(*args, **kwargs)
-
-            return cast("Callable[P, R]", run_async)
-
-        @wraps(function)
-        def run_sync(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self:
-                return function(*args, **kwargs)
-
-        return run_sync
+def _current_tool(frame: Frame) -> str | None:
+    tools = living(frame, "tool")
+    return tools[-1].name if tools else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from crewai.hooks.dispatch import HookAborted
 
 from clevagent_core.errors import ClevAgentError, Stopped, passing
+from clevagent_core.frames import frame_of
 from clevagent_core.verdicts import Incident
 from clevagent_crewai.caches import cache
 
@@ -84,20 +85,7 @@ def _through_crews(kind: type[ClevAgentError]) -> type[ClevAgentError]:
     return type(kind.__name__, (kind, CrewAborted), body)
 
 
-class passing_through_crews:  # noqa: N801 - used as a function: a generator would cost ten times as much
-    """``with``: what ``watchdog`` raises inside is of the type that CrewAI lets pass."""
-
-    __slots__ = ("_outer", "_watchdog")
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        """Only for what is raised inside the block."""
-        self._watchdog = watchdog
-        self._outer = watchdog.through.get()
-
-    def __enter__(self) -> None:
-        """Set it."""
-        self._watchdog.through.set(aborting(self._outer))
-
-    def __exit__(self, *exception: object) -> None:
-        """Set it back."""
-        self._watchdog.through.set(self._outer)
+def through_crews(watchdog: Watchdog) -> type[BaseException]:
+    """Give the type that CrewAI lets pass, and the framework around it, for what ``watchdog`` refuses here."""
+    frame = frame_of(watchdog)
+    return aborting(None if frame is None else frame.through)

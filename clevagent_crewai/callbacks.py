@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clevagent_core import default
 from clevagent_core.calls import Step
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import frame_of, living
 
 if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
@@ -54,7 +55,7 @@ class StepCallback:
             if isinstance(tool, str):
                 kind, name = "tool_call", tool
             elif hasattr(output, "result_as_answer"):
-                kind, name = "tool_call", watchdog.tool.get() or ""
+                kind, name = "tool_call", _tool(watchdog) or ""
             agent = _agent(watchdog)
             if not name:
                 name = agent or type(output).__name__
@@ -116,10 +117,15 @@ def _refuse(name: str, budgets: Sequence[Budget], on_exceed: OnExceed | None) ->
     )
 
 
+def _tool(watchdog: Watchdog) -> str | None:
+    tools = living(frame_of(watchdog), "tool")
+    return tools[-1].name if tools else None
+
+
 def _agent(watchdog: Watchdog) -> str | None:
-    node = watchdog.node.get()
-    if node is not None:
-        return node
+    nodes = living(frame_of(watchdog), "node")
+    if nodes:
+        return nodes[-1].name
     gates = sys.modules.get("clevagent_crewai.gates")
     return gates.working.get() if gates is not None else None
 

@@ -20,7 +20,7 @@ from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
-from clevagent_crewai.aborted import aborted_by, passing_through_crews
+from clevagent_crewai.aborted import aborted_by, through_crews
 from clevagent_crewai.caches import cache
 from clevagent_crewai.dialects import Dialect, limited
 from clevagent_crewai.gates import Gate, refuse
@@ -41,7 +41,6 @@ class Call:
 
     __slots__ = (
         "_asks",
-        "_before",
         "_clients",
         "_has_delegated",
         "_outer",
@@ -65,7 +64,6 @@ class Call:
         self._used: list[Usage] = []
         self._clients = 0
         self._has_delegated = False
-        self._before: list[Ticket | None] = []
         self._outer: Call | None = None
         self.failed: Exception | None = None
         """What the last attempt ended with, where a model of the user's own made it and may make another."""
@@ -77,8 +75,8 @@ class Call:
         self._is_inside()
         try:
             for gate in self.gates:
-                with passing_through_crews(gate.watchdog):
-                    self.tickets.append(gate.run.open(again(self._asks) if self.tickets else self._asks, gate.extra))
+                asks = again(self._asks) if self.tickets else self._asks
+                self.tickets.append(gate.run.open(asks, gate.extra, through=through_crews(gate.watchdog)))
             self._opened()
         except Exception as error:  # whose code: ours; what cannot be checked is not sent
             failed = aborted_by(error, self.gates[len(self.tickets) % len(self.gates)].watchdog)
@@ -95,8 +93,8 @@ class Call:
         self._is_inside()
         try:
             for gate in self.gates:
-                with passing_through_crews(gate.watchdog):
-                    self.tickets.append(await gate.run.aopen(again(self._asks) if self.tickets else self._asks, gate.extra))
+                asks = again(self._asks) if self.tickets else self._asks
+                self.tickets.append(await gate.run.aopen(asks, gate.extra, through=through_crews(gate.watchdog)))
             self._opened()
         except Exception as error:  # whose code: ours; what cannot be checked is not sent
             failed = aborted_by(error, self.gates[len(self.tickets) % len(self.gates)].watchdog)
@@ -140,14 +138,15 @@ class Call:
         """Let nobody further down count it again."""
         self._outer = _open_call.get()
         _open_call.set(self)
-        self._before = [cover(ticket) for ticket in self.tickets]
+        for ticket in self.tickets:
+            cover(ticket)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """What follows is counted by whoever makes it."""
         _open_call.set(self._outer)
-        for ticket, before in zip(self.tickets, self._before, strict=False):
-            uncover(ticket, before)
+        for ticket in reversed(self.tickets):
+            uncover(ticket)
 
     def delegate(self) -> None:
         """Another model is called inside: one that only hands its calls on sends nothing itself."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from clevagent_core import default
 from clevagent_core.budgets import Budget
+from clevagent_core.calls import LLMCall, ToolCall
 from clevagent_core.errors import BudgetBusy, Stopped
+from clevagent_core.frames import Activity, Frame, enter, frame_of, living, place
 from clevagent_core.runs import Run
 from clevagent_crewai.works import Work, works
 
@@ -112,15 +114,44 @@ def _gate_of(gates: list[Gate], watchdog: Watchdog, work: Work | None) -> Gate:
 
 
 def _run_of(gate: Gate, role: str | None, task: str | None) -> Run:
-    run: Run | None = gate.watchdog.current.get()
+    frame = frame_of(gate.watchdog)
+    run: Run | None = None if frame is None else frame.run
     work = gate.work
     if work is not None and not work.is_over and (run is None or (run is not work.run and run in work.run.chain())):
         run = work.run  # what is called in a kickoff counts for it, also where a thread has activated the run around it
-    while run is not None and run.ended_at is not None:
-        run = run.parent  # what was left behind by a kickoff that is over
     if run is None:
         return gate.watchdog.current_run()
     return run if work is None or work.is_over else work.run_of(run, role, task)
+
+
+def stand_in_agent(gate: Gate, role: str | None) -> list[Frame]:
+    """Enter what an agent does, unless this is a part of that already; for whoever leaves it."""
+    nodes = living(frame_of(gate.watchdog), "node")
+    if role is None or (nodes and nodes[-1].name == role):
+        return []
+    return [enter(gate.watchdog, gate.run, Activity("node", role), introduces_run=True)]
+
+
+def stand_in_task(role: str | None, task: str | None) -> list[Frame]:
+    """Enter a task of every kickoff that goes on around it: whatever is called in it counts for it; for whoever leaves it."""
+    gates: list[Gate] = []
+    for work in works():
+        if not work.is_over:
+            _gate_of(gates, work.watchdog, work)
+    frames: list[Frame] = []
+    for gate in gates:
+        gate.run = _run_of(gate, role, task)
+        frames.append(enter(gate.watchdog, gate.run, None if role is None else Activity("node", role), introduces_run=True))
+    return frames
+
+
+def put_in_place(call: LLMCall | ToolCall, watchdog: Watchdog, role: str | None) -> None:
+    """Write into a call which agent makes it, inside of which nodes and tools."""
+    frame = frame_of(watchdog)
+    nodes = [activity.name for activity in living(frame, "node")]
+    if role is not None and (not nodes or nodes[-1] != role):
+        call.node = role
+    place(call, frame)
 
 
 def name_of(value: object, attribute: str) -> str | None:

@@ -22,7 +22,7 @@ from clevagent_core.calls import LLMCall
 from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.calls import Call, again, call_of, quiet
 from clevagent_crewai.dialects import describe, dialect_of
-from clevagent_crewai.gates import Gate, attached, doing, gates_of, name_of, working
+from clevagent_crewai.gates import Gate, attached, doing, gates_of, name_of, put_in_place, working
 from clevagent_crewai.works import works
 
 _FLOOR = 1024
@@ -148,9 +148,7 @@ class _Sender:
         call = replace(call, max_output_tokens=limit, min_output_tokens=floor, clamp=self._limit is not None)
         call.opaque = call.opaque or "messages" not in kwargs
         call.tools = [*(kwargs.get("tools") or ()), *filter(None, [kwargs.get("response_format"), kwargs.get("system")])]
-        watchdog = self._gates[0].watchdog
-        call.node = self._role or watchdog.node.get()
-        call.tool = watchdog.tool.get()
+        put_in_place(call, self._gates[0].watchdog, self._role)
         return call
 
     def _limits(self, call: Call, kwargs: Mapping[str, Any]) -> dict[str, int]:

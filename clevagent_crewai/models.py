@@ -28,7 +28,19 @@ from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.caches import cache
 from clevagent_crewai.calls import Call, again, call_of, plain_class, root_of, subclass, view_of
 from clevagent_crewai.dialects import Dialect, describe, dialect_of
-from clevagent_crewai.gates import GUARD, Gate, ModelGuard, attached, doing, gates_of, guard_of, name_of, task_name_of, working
+from clevagent_crewai.gates import (
+    GUARD,
+    Gate,
+    ModelGuard,
+    attached,
+    doing,
+    gates_of,
+    guard_of,
+    name_of,
+    put_in_place,
+    task_name_of,
+    working,
+)
 from clevagent_crewai.instructors import unwatch_instructors, watch_instructors
 from clevagent_crewai.scopes import open_scopes, put_back
 from clevagent_crewai.usage import answer_of
@@ -73,9 +85,7 @@ def _describe(model: BaseLLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         _argument(args, kwargs, 1, "tools"),
         _argument(args, kwargs, 6, "response_model"),
     )
-    watchdog = gates[0].watchdog
-    call.node = role or watchdog.node.get()
-    call.tool = watchdog.tool.get()
+    put_in_place(call, gates[0].watchdog, role)
     return gates, call, dialect
 
 

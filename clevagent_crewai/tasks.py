@@ -13,8 +13,9 @@ from typing import Any
 
 from crewai.task import Task
 
+from clevagent_core.frames import leave
 from clevagent_crewai.crews import around_agent
-from clevagent_crewai.gates import doing, name_of, task_name_of
+from clevagent_crewai.gates import doing, name_of, stand_in_task, task_name_of
 
 _SYNC, _ASYNC = "_execute_core", "_aexecute_core"
 
@@ -57,11 +58,15 @@ def _amarking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
 @contextmanager
 def _marked(task: Task, agent: Any) -> Iterator[None]:
+    role, name = name_of(agent, "role"), task_name_of(task)
     before = doing.get()
-    doing.set((name_of(agent, "role"), task_name_of(task)))
+    doing.set((role, name))
+    frames = stand_in_task(role, name)
     try:
         with around_agent(agent):
             yield
     finally:
+        for frame in reversed(frames):
+            leave(frame)
         # Not by token: an asynchronous task may be closed in another context than the one it was begun in.
         doing.set(before)

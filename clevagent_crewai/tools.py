@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from crewai.hooks.dispatch import InterceptionPoint, get_global_hook_list
 
 from clevagent_core import default
 from clevagent_core.calls import ToolCall
 from clevagent_core.errors import Stopped
+from clevagent_core.frames import Activity, Frame, enter, leave
 from clevagent_core.tickets import Ticket
-from clevagent_crewai.aborted import aborted_by, passing_through_crews
-from clevagent_crewai.gates import doing, gates_of, name_of, task_name_of
+from clevagent_crewai.aborted import aborted_by, through_crews
+from clevagent_crewai.gates import doing, gates_of, name_of, put_in_place, stand_in_agent, task_name_of
 from clevagent_crewai.works import works
-
-if TYPE_CHECKING:
-    from clevagent_core.watchdog import Watchdog
 
 
 class _OpenTool(NamedTuple):
@@ -30,8 +28,8 @@ class _OpenTool(NamedTuple):
 
     tool: str
     tickets: tuple[Ticket, ...]
-    outer: tuple[tuple[Watchdog, str | None, str | None], ...]
-    """The tool and node that were set before, for each watchdog."""
+    frames: tuple[Frame, ...]
+    """What it stands in, for each watchdog."""
     before: _OpenTool | None
 
 
@@ -79,9 +77,8 @@ def after_tool(context: Any) -> None:
     if entry is None or entry.tool != str(context.tool_name):
         return
     _open.set(entry.before)
-    for watchdog, tool, node in entry.outer:
-        watchdog.tool.set(tool)
-        watchdog.node.set(node)
+    for frame in reversed(entry.frames):
+        leave(frame)
     for ticket in entry.tickets:
         ticket.settle(result=context.tool_result)
     if entry.tickets:
@@ -103,13 +100,13 @@ def _ask(context: Any) -> None:
     role, task = role or around[0], task or around[1]
     name = str(context.tool_name)
     tickets: list[Ticket] = []
-    outer: list[tuple[Watchdog, str | None, str | None]] = []
+    frames: list[Frame] = []
     gates = gates_of(role, task)
     for gate in gates:
-        call = ToolCall(tool=name, arguments=_arguments(context.tool_input), node=role or gate.watchdog.node.get())
+        call = ToolCall(tool=name, arguments=_arguments(context.tool_input))
+        put_in_place(call, gate.watchdog, role)
         try:
-            with passing_through_crews(gate.watchdog):
-                tickets.append(gate.run.open(call, gate.extra))
+            tickets.append(gate.run.open(call, gate.extra, through=through_crews(gate.watchdog)))
         except BaseException as error:
             for ticket in tickets:
                 ticket.release(error)
@@ -117,10 +114,9 @@ def _ask(context: Any) -> None:
                 gate.work.latch(error)
             raise
     for gate in gates:
-        outer.append((gate.watchdog, gate.watchdog.tool.get(), gate.watchdog.node.get()))
-        gate.watchdog.tool.set(name)
-        gate.watchdog.node.set(role or gate.watchdog.node.get())
+        frames += stand_in_agent(gate, role)
+        frames.append(enter(gate.watchdog, gate.run, Activity("tool", name), introduces_run=True))
     for work in works():
         work.tool_begins()
     if gates:
-        _open.set(_OpenTool(name, tuple(tickets), tuple(outer), _open.get()))
+        _open.set(_OpenTool(name, tuple(tickets), tuple(frames), _open.get()))

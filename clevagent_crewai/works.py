@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from clevagent_core.attribution import refusing
 from clevagent_core.budgets import Budget
 from clevagent_core.errors import Stopped
+from clevagent_core.frames import Activity, Frame, activities_here, current_task, enter, frame_of, leave, spot, wraps_up
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
@@ -19,28 +20,30 @@ if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
 
-class Work:
+class Work(Activity):
     """One kickoff. Safe to use from any thread.
 
-    Contexts carry it: CrewAI copies the caller's context into every thread and task of its own. A raw thread of the user's inherits
-    none; there, a model that is known to belong to one kickoff that goes on counts as called in it.
+    Contexts carry it: CrewAI copies the caller's context into every thread and task of its own; it is carried to threads of the user's
+    as a run is. In a thread that was there before, a model that is known to belong to one kickoff that goes on counts as called in it.
     """
 
     __slots__ = (
-        "_lock", "_models", "_owns_run", "_tasks", "_tools", "budgets", "is_over", "latest_tool", "obj", "outer", "refusal", "run",
-        "watchdog",
+        "_frame", "_lock", "_models", "_owns_run", "_spot", "_tasks", "_tools", "budgets", "latest_tool", "obj", "outer", "refusal",
+        "run", "watchdog",
     )  # fmt: skip
 
     def __init__(
         self, obj: object, watchdog: Watchdog, budgets: Sequence[Budget], run: Run | None, models: Sequence[object]
     ) -> None:
         """Begin it; a run, too, unless ``run`` is the one it is a part of."""
+        super().__init__("work")
         self.obj = obj
         """What was kicked off."""
         self.watchdog = watchdog
         self.outer: Work | None = None
         """The one around it in this context."""
-        self.is_over = False
+        self._spot = spot()
+        self._frame: Frame | None = None
         self.refusal: Stopped | None = None
         """The latch: what this kickoff was stopped with. Every later call in it is refused with the same."""
         self._owns_run = run is None
@@ -70,32 +73,29 @@ class Work:
 
     def __enter__(self) -> None:
         """Make it the innermost one of this context."""
-        self.outer = _innermost.get()
-        _innermost.set(self)
-        if self._owns_run:
-            self.watchdog.current.set(self.run)
-        if self._models:
-            with _lock:
-                _going_on.append(self)
+        self.outer = next(works(), None)
+        self._frame = enter(self.watchdog, self.run, self, introduces_run=True)
+        with _lock:
+            _going_on.append(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         """End it, and its run: what is still in flight is charged."""
-        self.is_over = True
         if error is not None and self.refusal is None:
             self.refusal = error if isinstance(error, Stopped) else self._ended(error)
-        if self._models:
-            with _lock:
-                _going_on.remove(self)
-        # Not by token: an asynchronous kickoff may be closed in another context than the one it was begun in.
-        if _innermost.get() is self:
-            _innermost.set(self.outer)
+        with _lock:
+            _going_on.remove(self)
+        if self._frame is not None:
+            leave(self._frame)
         if not self._owns_run:
             return
-        if self.watchdog.current.get() is self.run:
-            self.watchdog.current.set(self.run.parent)
         for run in self._tasks.values():
             run.end()
         self.run.end()
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether it is over, and this is the code that kicked it off: no part of it any more, as a thread of its own is."""
+        return self.is_over and self._spot == spot()
 
     def latch(self, refusal: Stopped) -> None:
         """Stop the whole kickoff: CrewAI tells the model that a tool, or a coworker, has failed, and goes on.
@@ -115,12 +115,12 @@ class Work:
 
         """
         refusal = self.refusal
-        if refusal is not None and not self.watchdog.wrapping_up.get():
+        if refusal is not None and not wraps_up(self.watchdog):
             raise type(refusal)(refusal.incident)
 
     def run_of(self, run: Run, role: str | None, task: str | None) -> Run:
         """Find the run that a call made in a task counts against: one inside ``run`` where the task has budgets of its own."""
-        if task is None or not self._owns_run:
+        if task is None or not self._owns_run or run in self._tasks.values():
             return run
         own = task_budgets(self.run.budgets, role, task)
         if not own:
@@ -174,41 +174,48 @@ def matches(pattern: str, name: str | None) -> bool:
     return name is not None and (pattern == name or fnmatchcase(name, pattern))
 
 
-_innermost: ContextVar[Work | None] = ContextVar("clevagent_crewai_work", default=None)
 _lock = threading.RLock()
 _going_on: list[Work] = []
 _tools = itertools.count(1)
 
 
 def works(model: object | None = None) -> Iterator[Work]:
-    """Give the kickoffs around this context, innermost first; outside of all, those that a call of ``model`` belongs to."""
-    work = _innermost.get()
-    if work is None and model is not None and _going_on:
+    """Give the kickoffs around this context, innermost first; in a thread outside of all, those that a call of ``model`` belongs to.
+
+    Raises:
+        BudgetExceeded: it may belong to several.
+
+    """
+    found = [work for work in activities_here("work") if isinstance(work, Work) and not work.is_left_behind]
+    if not found and model is not None and _going_on and current_task() is None:
         with _lock:
             going_on = list(_going_on)
-        work = _whose([other for other in going_on if id(model) in other._models])  # noqa: SLF001 - the same module
-    while work is not None:
-        yield work
-        work = work.outer
+        # Of a flow's models nobody knows.
+        found = _chain(_whose([work for work in going_on if id(model) in work._models or not work._models]))  # noqa: SLF001 - the same module
+    yield from found
 
 
 def _whose(known: Sequence[Work]) -> Work | None:
-    """Find the kickoff that a raw thread's call belongs to: of those around the run that is active there, else of all.
-
-    Several unrelated ones may remain. It counts as called in the one that began a tool last, so that no call goes unasked.
-    """
+    """Find the kickoff that a raw thread's call belongs to: of those around the run that is active there, else of all."""
     outer = [_chain(work) for work in known]
     leaves = [work for work in known if not any(work in chain[1:] for chain in outer)]
     leaves = [work for work in leaves if _is_active(work)] or leaves
     if not leaves:
         return None
-    return _around_all(leaves) or _latest(leaves)
+    found = _around_all(leaves)
+    if found is not None:
+        return found
+    process: Run = leaves[0].watchdog.process_run
+    refused = refusing(process, [work.run for work in leaves])
+    if refused is not None and refused.barred is not None:
+        raise refused.refused(refused.barred)
+    return _latest(leaves)
 
 
 def _is_active(work: Work) -> bool:
     """Tell whether the run of this context is one of the kickoff's, or around it."""
-    run = work.watchdog.current.get()
-    return run is not None and (work.run in run.chain() or run in work.run.chain())
+    frame = frame_of(work.watchdog)
+    return frame is not None and (work.run in frame.run.chain() or frame.run in work.run.chain())
 
 
 def _around_all(leaves: Sequence[Work]) -> Work | None:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clevagent_core.budgets import Budget
-from clevagent_core.calls import Call
+from clevagent_core.calls import Call, LLMCall, ToolCall, parts_of, path
 from clevagent_core.errors import Stopped
+from clevagent_core.frames import Activity, frame_of, living, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 
@@ -19,39 +20,66 @@ if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
 
-def node_of(watchdog: Watchdog, metadata: Mapping[str, Any]) -> str | None:
-    """Name the node that a call is made in: as LangGraph has it, or as whoever wraps that very node calls it."""
-    node: str | None = metadata.get("langgraph_node")
-    named = watchdog.node.get()
-    if named is None or (node is not None and getattr(named, "of", None) != node):
-        return node  # or one further inside
-    return named
+def put_in_place(call: LLMCall | ToolCall, watchdog: Watchdog, metadata: Mapping[str, Any] | None) -> None:
+    """Write into a call which nodes and tools it is made in: as LangGraph has them, or as whoever wraps those very nodes calls them."""
+    frame = frame_of(watchdog)
+    place(call, frame)
+    if isinstance(call, ToolCall) and call.inside is not None:
+        outer = parts_of(call.inside)
+        # The middleware, around it, has told of this very tool.
+        call.inside = path(outer[:-1] if outer[-1] == call.tool else outer)
+    if not metadata:
+        return
+    call.thread_id = metadata.get("thread_id")
+    nodes = nodes_of(metadata)
+    if nodes:
+        call.node = path(_named(nodes, living(frame, "node")))
+
+
+def nodes_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the nodes that a call is made in, the outermost graph's first."""
+    node = metadata.get("langgraph_node")
+    if node is None:
+        return ()
+    # One part for each graph, with the id of the task; of a subgraph that remembers, without, and with a number of its own.
+    parts = [part.partition(":")[0] for part in metadata.get("langgraph_checkpoint_ns", "").split("|")]
+    names = [part for part in parts if part and not part.isdigit()]
+    return tuple(names) if names and names[-1] == node else (*names, node)
+
+
+def _named(nodes: tuple[str, ...], activities: Sequence[Activity]) -> list[str]:
+    """Put what is known of the nodes of LangGraph and what is known of the blocks around this context together."""
+    if not activities:
+        return list(nodes)
+    around: list[str] = []
+    at: dict[int, list[str]] = {}
+    deepest = 0
+    for activity in activities:
+        if activity.place and nodes[: len(activity.place)] == activity.place:
+            deepest = len(activity.place)
+            at.setdefault(deepest, []).append(activity.name)
+        elif deepest:
+            at[deepest].append(activity.name)
+        else:
+            around.append(activity.name)
+    return [*around, *(name for depth, node in enumerate(nodes, 1) for name in at.get(depth, [node]))]
 
 
 def open_in_graph(run: Run, call: Call, budgets: Sequence[Budget] = ()) -> Ticket:
     """Do what ``run.open`` does; in a node, a refusal is of the type that LangGraph lets pass."""
-    through = run.watchdog.through
-    passes = _error("GraphBubbleUp") if call.node is not None and through.get() is None else None
-    if passes is None:
-        return run.open(call, budgets)
-    through.set(passes)
-    try:
-        return run.open(call, budgets)
-    finally:
-        through.set(None)
+    return run.open(call, budgets, through=_through(run, call))
 
 
 async def aopen_in_graph(run: Run, call: Call, budgets: Sequence[Budget] = ()) -> Ticket:
     """Do what ``run.aopen`` does; in a node, a refusal is of the type that LangGraph lets pass."""
-    through = run.watchdog.through
-    passes = _error("GraphBubbleUp") if call.node is not None and through.get() is None else None
-    if passes is None:
-        return await run.aopen(call, budgets)
-    through.set(passes)
-    try:
-        return await run.aopen(call, budgets)
-    finally:
-        through.set(None)
+    return await run.aopen(call, budgets, through=_through(run, call))
+
+
+def _through(run: Run, call: Call) -> type[BaseException] | None:
+    if call.node is None:
+        return None
+    frame = frame_of(run.watchdog)
+    return _error("GraphBubbleUp") if frame is None or frame.through is None else None
 
 
 def is_pause(error: BaseException) -> bool:

@@ -18,13 +18,14 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
 
 from clevagent_core import default
-from clevagent_core.calls import LLMCall, ToolCall
+from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
+from clevagent_core.frames import frame_of
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
-from clevagent_langchain.graphs import is_pause, node_of, open_in_graph
+from clevagent_langchain.graphs import is_pause, open_in_graph, put_in_place
 from clevagent_langchain.messages import items_of
 from clevagent_langchain.models import GUARDED, root_run
 from clevagent_langchain.results import answer_of, tool_result
@@ -158,11 +159,12 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         branch = tracker.branch(parent_run_id)
         name = (serialized or {}).get("name") or kwargs.get("name") or "tool"
         call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str)
-        if metadata:
-            call.node, call.thread_id = node_of(self.watchdog, metadata), metadata.get("thread_id")
+        put_in_place(call, self.watchdog, metadata)
+        if branch is not None and len(parts_of(branch.tool)) >= len(parts_of(call.inside)):
+            call.inside = branch.tool
         run = self._open(tracker, run_id, branch, call)
         if run is not None:
-            tracker.start(run_id, branch, run, is_root=False, tool=name)
+            tracker.start(run_id, branch, run, is_root=False, tool=path([*parts_of(call.inside), name]))
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Settle a tool call."""
@@ -196,7 +198,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         watchdog = self.watchdog
         parent = tracker.branch(parent_run_id)
         if parent is not None:
-            tracker.start(run_id, parent, watchdog.current.get() or parent.run, is_root=False, tool=parent.tool)
+            frame = frame_of(watchdog)
+            tracker.start(run_id, parent, parent.run if frame is None else frame.run, is_root=False, tool=parent.tool)
             return
         outer = watchdog.enclosing_run()
         is_root = outer is None and parent_run_id is None
@@ -240,8 +243,6 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         params = kwargs.get("invocation_params") or {}
         metadata = metadata or {}
         model = _model_name(metadata, params, serialized)
-        node, thread_id = node_of(self.watchdog, metadata), metadata.get("thread_id")
-        tool = branch.tool if branch is not None else None
         try:
             facts = requests.facts_of(params)
             is_opaque = False
@@ -257,16 +258,16 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
                 max_output_tokens=facts.limit,
                 provider=provider if provider != "openai" else None,
                 service_tier=facts.service_tier,
-                node=node,
-                tool=tool,
-                thread_id=thread_id,
             )
             if is_opaque or not facts.is_plain:
                 call.tools, call.answers, call.rounds, call.audio = facts.tools, facts.answers, facts.rounds, facts.is_audio
                 call.opaque = facts.is_unbounded or is_opaque
         except Exception:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
             logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
-            call = LLMCall(model=model, opaque=True, node=node, tool=tool, thread_id=thread_id)
+            call = LLMCall(model=model, opaque=True)
+        put_in_place(call, self.watchdog, metadata)
+        if branch is not None and len(parts_of(branch.tool)) >= len(parts_of(call.tool)):
+            call.tool = branch.tool
         self._open(tracker, run_id, branch, call)
 
     def _open(self, tracker: Tracker, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
@@ -275,14 +276,12 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             return None
         if tracker.size() > _SWEEP:
             tracker.forget_closed()
-        run = watchdog.current.get() or (branch.run if branch is not None else watchdog.current_run())
-        is_llm = isinstance(call, LLMCall)
-        if is_llm and call.tool is None:
-            call.tool = watchdog.tool.get()
+        frame = frame_of(watchdog)
+        run: Run = frame.run if frame is not None else branch.run if branch is not None else watchdog.current_run()
         ticket: Ticket | None = None
         try:
             ticket = open_in_graph(run, call)
-            if is_llm:
+            if isinstance(call, LLMCall):
                 cover(ticket)
         finally:
             tracker.add_ticket(run_id, ticket, branch)

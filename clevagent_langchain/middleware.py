@@ -203,7 +203,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
             ticket: Ticket | None = None
             try:
                 if needs_ticket(request, run.watchdog):
-                    ticket = open_in_graph(run, call_of(request))
+                    ticket = open_in_graph(run, call_of(request, run.watchdog))
                 result = handler(request)
             except BaseException as error:
                 fail(ticket, error)
@@ -221,7 +221,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
             ticket: Ticket | None = None
             try:
                 if needs_ticket(request, run.watchdog):
-                    ticket = await aopen_in_graph(run, call_of(request))
+                    ticket = await aopen_in_graph(run, call_of(request, run.watchdog))
                 result = await handler(request)
             except BaseException as error:
                 fail(ticket, error)

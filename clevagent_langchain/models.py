@@ -14,6 +14,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models.chat_models import BaseChatModel
@@ -38,11 +39,13 @@ from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import entry, frame_of, stand_in
 from clevagent_core.runs import Run
+from clevagent_core.streams import abelonging, belonging
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import comes_from_a_callback
-from clevagent_langchain.graphs import aopen_in_graph, node_of, open_in_graph
+from clevagent_langchain.graphs import aopen_in_graph, open_in_graph, put_in_place
 from clevagent_langchain.results import Said, answer_of
 from clevagent_langchain.usage import from_llm_output, from_metadata
 from clevagent_providers.outcomes import fail, settle
@@ -72,13 +75,12 @@ class _Inside:
     Only the same call counts as that. What a callback, or a task that outlives it, asks the same model is a call of its own.
     """
 
-    __slots__ = ("_before", "_covered", "_model", "_run_id", "ticket")
+    __slots__ = ("_before", "_model", "_run_id", "ticket")
 
     def __init__(self, model: BaseChatModel, run_manager: Any, ticket: Ticket | None = None) -> None:
         self._model: BaseChatModel | None = model
         self._run_id = run_manager.run_id if run_manager is not None else None
         self._before: _Inside | None = None
-        self._covered: Ticket | None = None
         self.ticket = ticket
         """Whose request the SDK's client sends: it does not count again where that is guarded too."""
 
@@ -89,13 +91,13 @@ class _Inside:
         self._before = _inside.get()
         _inside.set(self)
         if self.ticket is not None:
-            self._covered = cover(self.ticket)
+            cover(self.ticket)
 
     def __exit__(self, *exception: object) -> None:
         # Not by token: an asynchronous generator may be closed in another context than the one it ran in.
         _inside.set(self._before)
         if self.ticket is not None:
-            uncover(self.ticket, self._covered)
+            uncover(self.ticket)
 
     def end(self) -> None:
         self._model = None
@@ -203,6 +205,8 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "_stream_chat_model_events": None,
         "_astream_chat_model_events": None,
     }
+    body |= {name: _entering(getattr(base, name)) for name in _ENTRIES}
+    body |= {name: _made_here(getattr(base, name), make) for name, make in (("stream", belonging), ("astream", abelonging))}
     methods = {"_agenerate": _agenerate, "_stream": _stream, "_astream": _astream}
     body |= {name: method for name, method in methods.items() if getattr(base, name) is not getattr(BaseChatModel, name)}
     wrappers = {name: getattr(base, name, None) for name in _WRAPPERS}
@@ -254,6 +258,9 @@ _WRAPPERS = (
 )  # fmt: skip
 """Methods that put a model into something that has ``with_fallbacks`` too."""
 
+
+_ENTRIES = ("agenerate", "batch", "abatch")
+"""Those that hand calls to other tasks and threads; what ``invoke`` does, and all others, ends here or in one of them."""
 
 # -- the methods of guarded models ----------------------------------------------------------------------------------------
 
@@ -431,6 +438,50 @@ def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs:
     return params
 
 
+def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what an entry point hands to other tasks or threads stand where it is called, in the steps of a generator, too."""
+    if iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def aenter(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+            frame = entry(_watchdog_of(self))
+            if frame is None:
+                return await method(self, *args, **kwargs)
+            before = stand_in(frame)
+            try:
+                return await method(self, *args, **kwargs)
+            finally:
+                stand_in(before)
+
+        return aenter
+
+    @functools.wraps(method)
+    def enter(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+        frame = entry(_watchdog_of(self))
+        if frame is None:
+            return method(self, *args, **kwargs)
+        before = stand_in(frame)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            stand_in(before)
+
+    return enter
+
+
+def _made_here(method: Callable[..., Any], make: Callable[[Watchdog, Callable[[], Any]], Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def stream(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+        return make(_watchdog_of(self), lambda: method(self, *args, **kwargs))
+
+    return stream
+
+
+def _watchdog_of(model: BaseChatModel) -> Watchdog:
+    guard = _guard_of(model)
+    return (guard.watchdog if guard is not None else None) or default.current()
+
+
 def _with_fallbacks(self: BaseChatModel, fallbacks: Sequence[Any], **kwargs: Any) -> Any:
     # A refusal is an exception like any other to LangChain: unguarded fallbacks would answer in its place, and spend.
     return _guard_fallbacks_of(_base(self).with_fallbacks(self, _guard_all(_state(self), fallbacks), **kwargs))
@@ -462,23 +513,21 @@ def _describe(
     model: BaseChatModel, guard: _Guard, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any], run_manager: Any
 ) -> tuple[Run, LLMCall]:
     watchdog = guard.watchdog or default.current()
-    run = watchdog.current.get()
-    if run is None:
+    frame = frame_of(watchdog)
+    if frame is not None:
+        run: Run | None = frame.run
+    else:
         # A handler that is attached too knows the root invocation; it may be that of a call long over.
         run = root_run.get()
-        if run is None or run.ended_at is not None or run.watchdog is not watchdog:
-            run = watchdog.current_run()
+    if run is None or run.ended_at is not None or run.watchdog is not watchdog:
+        run = watchdog.current_run()
     if run_manager is not None:
         metadata = run_manager.metadata
     else:
         config = var_child_runnable_config.get()
         metadata = config.get("metadata") if config else None
-    node, thread_id = watchdog.node.get(), None
-    if metadata:
-        node = node_of(watchdog, metadata)
-        thread_id = metadata.get("thread_id")
     call = guard.dialect.describe(model, messages, kwargs)
-    call.node, call.thread_id, call.tool = node, thread_id, watchdog.tool.get()
+    put_in_place(call, watchdog, metadata)
     return run, call
 
 

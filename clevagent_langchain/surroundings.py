@@ -10,6 +10,7 @@ from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager
 from langchain_core.tracers.context import register_configure_hook
 from langgraph.config import get_config
 
+from clevagent_core.frames import Activity, enter, frame_of, leave
 from clevagent_core.runs import Run
 from clevagent_core.watchdog import Watchdog
 from clevagent_langchain.handler import ClevAgentCallbackHandler
@@ -39,24 +40,22 @@ def register() -> None:
 @contextmanager
 def inside(run: Run, tool: str | None = None) -> Iterator[None]:
     """Make ``run`` the current one, and ``tool`` the current tool, for every call that is made inside."""
-    watchdog = run.watchdog
-    outer_tool, outer_seeing = watchdog.tool.get(), _seeing.get()
-    with run.activate():
-        _seeing.set(_ModelCalls(watchdog=watchdog))
-        if tool is not None:
-            watchdog.tool.set(tool)
-        try:
-            yield
-        finally:
-            watchdog.tool.set(outer_tool)
-            _seeing.set(outer_seeing)
+    watchdog, outer_seeing = run.watchdog, _seeing.get()
+    frame = enter(watchdog, run, None if tool is None else Activity("tool", tool), introduces_run=True)
+    _seeing.set(_ModelCalls(watchdog=watchdog))
+    try:
+        yield
+    finally:
+        leave(frame)
+        _seeing.set(outer_seeing)
 
 
 def outer_run(watchdog: Watchdog) -> Run | None:
     """Find the run around the agent: that of a block, else the one that a callback handler began for the root invocation."""
-    current = watchdog.current.get()
-    if current is not None:
-        return current
+    frame = frame_of(watchdog)
+    if frame is not None:
+        run: Run = frame.run
+        return run
     callbacks = get_config().get("callbacks")
     branch = tracker_of(watchdog).branch(callbacks.parent_run_id if isinstance(callbacks, BaseCallbackManager) else None)
     return branch.run if branch is not None else None

@@ -10,6 +10,7 @@ from clevagent_core.calls import ToolCall
 from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
+from clevagent_langchain.graphs import put_in_place
 from clevagent_langchain.handler import ClevAgentCallbackHandler
 from clevagent_langchain.results import tool_result
 
@@ -25,15 +26,11 @@ def needs_ticket(request: ToolCallRequest, watchdog: Watchdog) -> bool:
     )
 
 
-def call_of(request: ToolCallRequest) -> ToolCall:
+def call_of(request: ToolCallRequest, watchdog: Watchdog) -> ToolCall:
     """Describe a tool call."""
-    metadata = request.runtime.config.get("metadata") or {}
-    return ToolCall(
-        tool=request.tool_call["name"],
-        arguments=request.tool_call["args"],
-        node=metadata.get("langgraph_node"),
-        thread_id=metadata.get("thread_id"),
-    )
+    call = ToolCall(tool=request.tool_call["name"], arguments=request.tool_call["args"])
+    put_in_place(call, watchdog, request.runtime.config.get("metadata"))
+    return call
 
 
 def settle(ticket: Ticket | None, output: object) -> None:

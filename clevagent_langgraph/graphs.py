@@ -19,6 +19,7 @@ from langgraph.pregel.protocol import PregelProtocol
 from clevagent_core import default
 from clevagent_core.budgets import GRACEFUL, Budget, OnExceed, check_actions
 from clevagent_core.errors import UsageError
+from clevagent_core.streams import abelonging, belonging
 from clevagent_langgraph.answers import asettle_answers, settle_answers
 from clevagent_langgraph.invocations import Kept, begin, register
 
@@ -153,8 +154,7 @@ def _subclass(base: type[Any]) -> type[Any]:
 
 
 def _stream_of(base: type[Any]) -> Callable[..., Iterator[Any]]:
-    @functools.wraps(base.stream)
-    def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:  # noqa: A002 - LangGraph's name
+    def steps(self: Any, input: Any, config: Any, kwargs: dict[str, Any]) -> Iterator[Any]:  # noqa: A002 - LangGraph's name
         invocation = begin(self, vars(self)[_GUARD], input, config, kwargs)
         try:
             given = settle_answers(self, invocation, input) if invocation.may_be_resumed else input
@@ -177,12 +177,15 @@ def _stream_of(base: type[Any]) -> Callable[..., Iterator[Any]]:
         finally:
             invocation.end()
 
+    @functools.wraps(base.stream)
+    def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:  # noqa: A002 - LangGraph's name
+        return belonging(vars(self)[_GUARD].watchdog, lambda: steps(self, input, config, kwargs))
+
     return stream
 
 
 def _astream_of(base: type[Any]) -> Callable[..., AsyncIterator[Any]]:
-    @functools.wraps(base.astream)
-    async def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:  # noqa: A002 - as above
+    async def steps(self: Any, input: Any, config: Any, kwargs: dict[str, Any]) -> AsyncIterator[Any]:  # noqa: A002 - as above
         invocation = begin(self, vars(self)[_GUARD], input, config, kwargs)
         try:
             given = await asettle_answers(self, invocation, input) if invocation.may_be_resumed else input
@@ -204,5 +207,9 @@ def _astream_of(base: type[Any]) -> Callable[..., AsyncIterator[Any]]:
                 invocation.is_finished = True
         finally:
             invocation.end()
+
+    @functools.wraps(base.astream)
+    def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:  # noqa: A002 - as above
+        return abelonging(vars(self)[_GUARD].watchdog, lambda: steps(self, input, config, kwargs))
 
     return astream

@@ -18,6 +18,7 @@ from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from langgraph.types import Command
 
 from clevagent_core.errors import Stopped, UsageError
+from clevagent_core.frames import Frame, leave, stand_in, stands
 from clevagent_core.runs import Run
 from clevagent_langchain import ClevAgentCallbackHandler
 from clevagent_langgraph.stops import Halted, ask, bubbling, namespace
@@ -139,19 +140,17 @@ class Invocation:
         self._halts: list[Incident] = []
         self._waiting: list[str] = []
         """The runs of graphs inside it that have not finished."""
-        self._before: tuple[Any, ...] = ()
+        self._before: tuple[Frame | None, Invocation | None, BaseCallbackHandler | None] = None, None, None
+        # One for all steps: nodes that are begun in one step of a stream go on in the next.
+        self._frame = stands(watchdog, run)
+        self._frame.through = bubbling(self._frame.through)
+        self._frame.ending = self.ending
 
     # -- while it works ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> None:
         """Make the run the current one."""
-        watchdog = self.watchdog
-        current, through, ending = watchdog.current, watchdog.through, watchdog.ending
-        outer_type = through.get()
-        self._before = current.get(), outer_type, ending.get(), _current.get(), _seeing.get()
-        current.set(self.run)
-        through.set(bubbling(outer_type))
-        ending.set(self.ending)
+        self._before = stand_in(self._frame), _current.get(), _seeing.get()
         _current.set(self)
         if self.handler is not None:
             _seeing.set(self.handler)
@@ -159,13 +158,9 @@ class Invocation:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Put back what was current before."""
         # Not by token: a generator may be closed in another context than the one it ran in.
-        watchdog = self.watchdog
-        before = self._before
-        watchdog.current.set(before[0])
-        watchdog.through.set(before[1])
-        watchdog.ending.set(before[2])
-        _current.set(before[3])
-        _seeing.set(before[4])
+        stand_in(self._before[0])
+        _current.set(self._before[1])
+        _seeing.set(self._before[2])
 
     def ending(self, incident: Incident) -> type[BaseException] | None:
         """Choose the type by which a refusal ends the graph, or one around it: that which says so first, from the inside out."""
@@ -223,6 +218,7 @@ class Invocation:
 
     def end(self) -> None:
         """End the run. Where the graph can go on later, its accounts are kept."""
+        leave(self._frame)
         run, guard, stop = self.run, self.guard, self.stop
         run.resumable = self.is_saved and not (self.is_finished and not self.is_paused)
         if stop is not None and any(stop is incident for incident in self._halts):

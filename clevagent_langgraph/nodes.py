@@ -22,7 +22,9 @@ from clevagent_core.accounts import action_of, cover
 from clevagent_core.budgets import TOOL_CALLS, Budget, as_budgets, check_actions
 from clevagent_core.calls import LLMCall, Step
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import Activity, enter, leave, wraps_up
 from clevagent_core.guards.messages import exhausted_incident
+from clevagent_langchain.graphs import nodes_of
 from clevagent_langgraph.stops import bubbling
 
 if TYPE_CHECKING:
@@ -32,14 +34,6 @@ if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class NodeName(str):
-    """The name of a monitored node, with the one that LangGraph knows it by (``of``): nodes inside it have others."""
-
-    __slots__ = ("of",)
-
-    of: str | None
 
 
 _END = object()
@@ -265,7 +259,7 @@ class _Returned(Runnable[Any, Any]):
 class _Node:
     """What is known of a monitored node."""
 
-    __slots__ = ("_named", "budgets", "lent", "name", "own_watchdog", "skips")
+    __slots__ = ("budgets", "lent", "name", "own_watchdog", "skips")
 
     def __init__(self, name: str, budgets: tuple[Budget, ...], watchdog: Watchdog | None, *, skips: int) -> None:
         self.name = name
@@ -274,22 +268,10 @@ class _Node:
         self.skips = skips
         self.lent: dict[tuple[Budget, ...], tuple[Budget, ...]] = {(): budgets}
         """The budgets of this node and of those around it, by the latter: the same tuple for the same ones."""
-        self._named = self._name(None)
-
-    def named(self, of: str | None) -> NodeName:
-        found = self._named
-        if found.of != of:
-            found = self._named = self._name(of)
-        return found
 
     def lending(self, around: tuple[Budget, ...]) -> tuple[Budget, ...]:
         """Give the budgets of this node with those of the nodes around it."""
         return self.lent.get(around) or self.lent.setdefault(around, (*around, *self.budgets))
-
-    def _name(self, of: str | None) -> NodeName:
-        made = NodeName(self.name)
-        made.of = of
-        return made
 
 
 def _began(run: Run, metadata: Mapping[str, Any]) -> int:
@@ -317,73 +299,43 @@ _GRAPHS = 64
 class _Execution:
     """One execution of a node. As a context manager, what is set while the node's own code runs."""
 
-    __slots__ = (
-        "_began",
-        "_is_lending",
-        "_is_passing",
-        "_lent",
-        "_named",
-        "_node",
-        "_outer",
-        "_outer_lent",
-        "_outer_through",
-        "_run",
-        "_thread_id",
-        "_through",
-        "_watchdog",
-        "_work",
-    )
+    __slots__ = ("_began", "_frame", "_node", "_place", "_run", "_thread_id", "_watchdog", "_work")
 
     def __init__(self, node: _Node) -> None:
         """Look where the node is, and refuse it where it could do nothing."""
         watchdog = node.own_watchdog or default.current()
-        run = watchdog.current.get() or watchdog.current_run(tells=False)
+        run = watchdog.current_run(tells=False)
         config = var_child_runnable_config.get()
         metadata: Mapping[str, Any] = (config.get("metadata") if config else None) or {}
-        of = metadata.get("langgraph_node")
         self._node = node
         self._watchdog = watchdog
         self._run: Run = run
         self._thread_id = metadata.get("thread_id")
-        self._named = node.named(of)
-        self._outer_through = through = watchdog.through.get()
-        self._through = bubbling(through) if of is not None else through
-        self._is_passing = self._through is not through  # not in a guarded graph, around which it is set already
-        self._is_lending = bool(node.budgets)
-        if node.budgets:
-            self._lent = node.lending(watchdog.lent.get())
+        self._place = nodes_of(metadata)
         self._began = _began(run, metadata)
         if node.budgets or run.root.gates or watchdog.control.stops:
             with self:
                 run.check()
-                if node.budgets and not watchdog.wrapping_up.get():
+                if node.budgets and not wraps_up(watchdog):
                     self._check_left()
 
     def __enter__(self) -> None:
-        watchdog = self._watchdog
-        self._outer = watchdog.node.get()
-        self._work = self._run.begin(self._named)
-        watchdog.node.set(self._named)
-        if self._is_lending:
-            self._outer_lent = watchdog.lent.get()
-            watchdog.lent.set(self._lent)
-        if self._is_passing:
-            watchdog.through.set(self._through)
+        node = self._node
+        self._work = self._run.begin(node.name)
+        frame = self._frame = enter(self._watchdog, self._run, Activity("node", node.name, self._place))
+        if node.budgets:
+            frame.lent = node.lending(frame.lent)
+        if self._place:  # in a guarded graph it passes already
+            frame.through = bubbling(frame.through)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        # Not by token: a generator may be closed in another context than the one it ran in.
-        watchdog = self._watchdog
+        leave(self._frame)
         self._run.finish(self._work)
-        watchdog.node.set(self._outer)
-        if self._is_lending:
-            watchdog.lent.set(self._outer_lent)
-        if self._is_passing:
-            watchdog.through.set(self._outer_through)
 
     @property
     def is_in_graph(self) -> bool:
         """Whether LangGraph called it, and runs what it gives back where that can be run."""
-        return self._named.of is not None
+        return bool(self._place)
 
     def finish(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Tell the step. What failed, or waits for a person, has not finished."""

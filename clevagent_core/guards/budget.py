@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from clevagent_core.accounts import Cover, Deadline, action_of, amounts_of, cover, tell_notices
 from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
-from clevagent_core.calls import Call, LLMCall, Usage
+from clevagent_core.calls import Call, LLMCall, Path, Usage
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import wraps_up
 from clevagent_core.guards.messages import deadline_incident, near_deadline_incident, refusal_incident
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import Hold, Line, Refusal, StaleAccount
@@ -27,6 +28,8 @@ logger = logging.getLogger("clevagent")
 _TOOL_AMOUNTS: Amounts = (0, 0, 0, 0, 0, 1)
 _COVERS = 256
 """How many shapes of calls a run remembers the accounts of."""
+_is_asking: ContextVar[bool] = ContextVar("clevagent_on_exceed", default=False)
+"""Whether an ``on_exceed`` callable is being asked in this context."""
 _CLAMP_ATTEMPTS = 16
 """How often a clamped call tries again because others took what it saw free; each time one of the others got on."""
 
@@ -74,7 +77,6 @@ class BudgetGuard:
     def __init__(self) -> None:
         """Nothing was told yet."""
         self._has_told_assumption = False
-        self._asking: ContextVar[bool] = ContextVar("clevagent_on_exceed", default=False)
 
     @hookimpl
     def clevagent_reserve(self, run: Run, ticket: Ticket, extra: Sequence[Budget]) -> BudgetReservation | Stop | None:
@@ -130,19 +132,19 @@ class BudgetGuard:
         return None
 
     def _ask(self, action: Callable[[Incident], object], incident: Incident) -> object:
-        if self._asking.get():
+        if _is_asking.get():
             return None
-        token = self._asking.set(True)
+        token = _is_asking.set(True)
         try:
             return action(incident)
         except Exception:  # whose code: the user's callable; a fault in it lets nothing through
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", incident.budget)
             return None
         finally:
-            self._asking.reset(token)
+            _is_asking.reset(token)
 
     def _cover(self, run: Run, call: Call, extra: Sequence[Budget]) -> Cover:
-        key = (call.model if isinstance(call, LLMCall) else None, call.tool, call.node, call.thread_id, id(extra) if extra else 0)
+        key = _shape(call, extra)
         memo, watchdog = run.memo, run.watchdog
         found: Cover | None = memo.get(key)
         if found is None or watchdog.clock.wall() >= found.valid_until or found.remote is not watchdog.control.budgets:
@@ -160,7 +162,7 @@ class BudgetGuard:
             amounts,
             expires_at=watchdog.next_expiry(),
             owner=ticket,
-            wrap_up=watchdog.wrapping_up.get(),
+            wrap_up=wraps_up(watchdog),
             latch=latch,
         )
 
@@ -229,7 +231,7 @@ class BudgetGuard:
                 continue
             balance = run.watchdog.ledger.balance(line.account)
             free = balance.free
-            if run.watchdog.wrapping_up.get():
+            if wraps_up(run.watchdog):
                 free = max(0, balance.ceiling - balance.spent - balance.held)
             if line.unit == USD:
                 if not per_token:
@@ -274,18 +276,18 @@ class BudgetGuard:
         action = action_of(run, budget)
         if not callable(action):
             return Stop(incident=incident), False
-        if self._asking.get():
+        if _is_asking.get():
             # The callable makes calls of its own, which do not fit either: it is not asked about those.
             return Stop(incident=incident), False
         ceiling = refusal.balance.ceiling
-        token = self._asking.set(True)
+        token = _is_asking.set(True)
         try:
             wanted = action(incident)
         except Exception as error:
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
             return Stop(incident=replace(incident, details={"error": repr(error)})), False
         finally:
-            self._asking.reset(token)
+            _is_asking.reset(token)
         if wanted == "warn":
             run.memo.clear()
             key_of = refusal.line.account
@@ -297,15 +299,18 @@ class BudgetGuard:
 
     def _let_go(self, run: Run, call: Call, found: Cover, lines: tuple[Line, ...]) -> None:
         """Remember that the user let this budget go: its lines are only told from here on, for calls of this shape in this run."""
-        key = (
-            call.model if isinstance(call, LLMCall) else None,
-            call.tool,
-            call.node,
-            call.thread_id,
-            id(found.extra) if found.extra else 0,
-        )
+        key = _shape(call, found.extra)
         units = frozenset(line.unit for line in lines if line.enforced)
         run.memo[key] = found._replace(lines=lines, units=units, clamp_units=tuple(u for u in found.clamp_units if u in units))
+
+
+def _shape(call: Call, extra: Sequence[Budget]) -> tuple[object, ...]:
+    """Tell what decides which accounts a call counts against."""
+    # Not the text of a path: a name may have slashes, too.
+    node = call.node.parts if isinstance(call.node, Path) else call.node
+    if isinstance(call, LLMCall):
+        return (call.model, call.tool, node, call.thread_id, id(extra) if extra else 0)
+    return (None, call.tool, node, call.thread_id, id(extra) if extra else 0, call.inside)
 
 
 def _amounts(call: LLMCall, rates: Rates | None, tokens: int, output_limit: int) -> Amounts:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from clevagent_core.bounds import key_of
 from clevagent_core.calls import Call, LLMCall, Step
+from clevagent_core.frames import wraps_up
 from clevagent_core.guards.fingerprints import arguments_of, message_of, result_of
 from clevagent_core.guards.messages import Mark, as_told, loop_incident, ping_incident
 from clevagent_core.guards.repetition import SAME_FAILURE, Finding, Repetition, Sign
@@ -349,7 +350,7 @@ class LoopGuard:
         return watch.stop.incident if watch.is_told else None
 
     def _answer(self, run: Run, watch: _Watch) -> Stop | None:
-        if run.dry_run or run.watchdog.wrapping_up.get():
+        if run.dry_run or wraps_up(run.watchdog):
             return None
         with _lock:
             stop, found = watch.stop, watch.found

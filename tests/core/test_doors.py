@@ -517,7 +517,7 @@ def test_after_a_tool_inside_a_tool_the_outer_one_is_the_tool_again(init):
             make(1)
         make(2)
     make(4)
-    assert {name: row.cost_usd for name, row in run.summary().by_tool.items()} == {"outer": 0.02, "inner": 0.01}
+    assert {name: row.cost_usd for name, row in run.summary().by_tool.items()} == {"outer": 0.02, "outer/inner": 0.01}
 
 
 def test_a_tool_call_in_a_generator_that_is_closed_in_another_context_is_settled(init):

@@ -104,22 +104,6 @@ def test_a_recursive_decorated_function_nests_its_runs(make):
     assert (inner.parent, middle.parent, outer.parent, inner.root) == (middle, outer, None, outer)
 
 
-def test_a_generator_cannot_be_decorated():
-    def pieces():
-        yield 1
-
-    assert message_of(clevagent.run(), pieces) == snapshot(
-        "@run cannot wrap the generator pieces(): its body runs in pieces, and the code between them would count against its run. Open `with clevagent.run(...)` around the loop that consumes it."
-    )
-
-
-def test_an_async_generator_cannot_be_decorated():
-    async def pieces():
-        yield 1
-
-    assert "cannot wrap the generator pieces()" in message_of(clevagent.run(), pieces)
-
-
 def test_what_a_block_raises_goes_on_and_the_run_ends(make):
     watchdog = make()
     with pytest.raises(KeyError), watchdog.run() as outer, watchdog.run() as inner:
@@ -303,7 +287,7 @@ def test_a_raw_thread_belongs_to_the_innermost_of_nested_runs(make):
         assert in_thread(watchdog.current_run) is inner
 
 
-def test_with_two_unrelated_runs_active_a_raw_thread_belongs_to_the_process(make):
+def test_with_two_unrelated_runs_without_budgets_a_raw_thread_belongs_to_the_process(make):
     watchdog = make()
     watchdog.start_run()
     watchdog.start_run()

@@ -65,6 +65,7 @@ def test_other_variables_are_left_alone():
         ("hold_s", "60", 60.0),
         ("flush_s", "0", 0.0),
         ("unknown_price", "allow", "allow"),
+        ("unattributed", "process", "process"),
         ("budgets", "", ()),
     ],
 )
@@ -118,13 +119,13 @@ def test_messages_for_wrong_budgets_in_the_environment():
 
 def test_an_unknown_argument_names_the_nearest():
     assert message_of(resolve, budget=[Budget(usd=1)]) == snapshot(
-        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, api_key, assume_output_tokens, attach, auto_cost, block, budgets, capture, dry_run, endpoint, estimate, flush_s, hold_s, interval, ledger, on_cost_exceeded, on_loop, on_stall, plugins, prices, spool, stall_after, unknown_price, wait_s."
+        "'budget' is no setting of ClevAgent, so nothing would come of it. Did you mean 'budgets'? Known are: agent, api_key, assume_output_tokens, attach, auto_cost, block, budgets, capture, dry_run, endpoint, estimate, flush_s, hold_s, interval, ledger, on_cost_exceeded, on_loop, on_stall, plugins, prices, spool, stall_after, unattributed, unknown_price, wait_s."
     )
 
 
 def test_an_unknown_variable_names_the_nearest():
     assert message_of(resolve, {"CLEVAGENT_DRYRUN": "1"}) == snapshot(
-        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_API_KEY, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_AUTO_ATTACH, CLEVAGENT_AUTO_COST, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_CAPTURE, CLEVAGENT_DRY_RUN, CLEVAGENT_ENDPOINT, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_INTERVAL, CLEVAGENT_LEDGER, CLEVAGENT_ON_COST_EXCEEDED, CLEVAGENT_ON_LOOP, CLEVAGENT_ON_STALL, CLEVAGENT_SPOOL, CLEVAGENT_STALL_AFTER, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
+        "'CLEVAGENT_DRYRUN' is no environment variable of ClevAgent, so nothing would come of it. Did you mean 'CLEVAGENT_DRY_RUN'? Known are: CLEVAGENT_AGENT, CLEVAGENT_API_KEY, CLEVAGENT_ASSUME_OUTPUT_TOKENS, CLEVAGENT_ATTACH, CLEVAGENT_AUTO_ATTACH, CLEVAGENT_AUTO_COST, CLEVAGENT_BLOCK, CLEVAGENT_BUDGETS, CLEVAGENT_CAPTURE, CLEVAGENT_DRY_RUN, CLEVAGENT_ENDPOINT, CLEVAGENT_ESTIMATE, CLEVAGENT_FLUSH_S, CLEVAGENT_HOLD_S, CLEVAGENT_INTERVAL, CLEVAGENT_LEDGER, CLEVAGENT_ON_COST_EXCEEDED, CLEVAGENT_ON_LOOP, CLEVAGENT_ON_STALL, CLEVAGENT_SPOOL, CLEVAGENT_STALL_AFTER, CLEVAGENT_UNATTRIBUTED, CLEVAGENT_UNKNOWN_PRICE, CLEVAGENT_WAIT_S."
     )
 
 
@@ -159,6 +160,7 @@ def test_an_unknown_argument_that_is_near_to_nothing_lists_what_there_is():
         ("hold_s", 0.5),
         ("flush_s", -0.1),
         ("unknown_price", "free"),
+        ("unattributed", "guess"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name, value):

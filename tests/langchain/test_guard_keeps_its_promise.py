@@ -108,8 +108,16 @@ def test_a_second_limit_among_the_models_own_keywords_is_lowered_too(provider):
     assert 0 < provider.billed_usd <= Decimal("0.06")
 
 
-def test_a_raw_thread_in_one_of_two_branches_counts_against_the_run_around_both(provider, chat):
+def test_a_worker_that_was_there_before_two_branches_counts_against_the_run_around_both(provider, chat):
     model = clevagent.guard(chat(max_tokens=50))
+    asked = threading.Event()
+
+    def work():
+        asked.wait(10)
+        spend(model)
+
+    raw = threading.Thread(target=work)
+    raw.start()
     with clevagent.run(budgets=[Budget(llm_calls=5)]) as outer:
         first = clevagent.run(budgets=[Budget(llm_calls=2)])
         with first:
@@ -123,8 +131,7 @@ def test_a_raw_thread_in_one_of_two_branches_counts_against_the_run_around_both(
             other = threading.Thread(target=sibling)
             other.start()
             assert entered.wait(10)
-            raw = threading.Thread(target=spend, args=(model,))
-            raw.start()
+            asked.set()
             raw.join()
             leave.set()
             other.join()
@@ -132,7 +139,7 @@ def test_a_raw_thread_in_one_of_two_branches_counts_against_the_run_around_both(
 
 
 def test_a_raw_thread_beside_unrelated_runs_is_told(provider, chat):
-    watchdog = clevagent.Watchdog()
+    watchdog = clevagent.Watchdog(unattributed="process")
     model = clevagent.guard(chat(max_tokens=50), watchdog=watchdog)
     one, two = watchdog.start_run(budgets=[Budget(usd=1)]), watchdog.start_run(budgets=[Budget(usd=1)])
     raw = threading.Thread(target=spend, args=(model, 2))

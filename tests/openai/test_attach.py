@@ -11,6 +11,7 @@ import pytest
 
 import clevagent
 from clevagent import Budget, BudgetExceeded, UsageError
+from clevagent_langgraph import monitored_node
 
 
 def ends(api, client):
@@ -103,16 +104,17 @@ def test_on_exceed_warns_or_asks_a_callable(api):
 
 
 def test_the_node_and_the_tool_around_a_call_are_told(api):
-    watchdog = clevagent.init(budgets=[Budget(llm_calls=1, node="writer", per="lifetime")])
+    clevagent.init(budgets=[Budget(llm_calls=1, node="writer", per="lifetime")])
     client = clevagent.guard(api.client())
-    token = watchdog.node.set("writer")
-    try:
-        with clevagent.run() as run:
-            api.ask(client)
-            with pytest.raises(BudgetExceeded):
-                api.ask(client)
-    finally:
-        watchdog.node.reset(token)
+
+    @monitored_node("writer")
+    def write():
+        return api.ask(client)
+
+    with clevagent.run() as run:
+        write()
+        with pytest.raises(BudgetExceeded):
+            write()
     assert list(run.summary().by_node) == ["writer"]
 
 

@@ -1,0 +1,239 @@
+"""``with clevagent.run(...)``, its decorator, and ``with clevagent.outside_runs()``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from types import TracebackType
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+from clevagent_core.budgets import Budget, as_budgets, check_actions
+from clevagent_core.errors import UsageError
+from clevagent_core.frames import Frame, frame_of, leave, left_by, open_block, stand_in, stands
+from clevagent_core.runs import Run
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Starter(Protocol):
+    """A watchdog, as far as blocks need it."""
+
+    process_run: Run
+
+    def start_run(
+        self,
+        *,
+        budgets: Sequence[Budget],
+        tags: Mapping[str, str] | None,
+        parent: Run | None,
+        dry_run: bool,
+        guards: Sequence[object],
+        is_block: bool,
+    ) -> Run:
+        """Begin a run."""
+        ...
+
+
+class RunBlock:
+    """``with clevagent.run(...) as run:``, its async twin, and the decorator of the same name.
+
+    One block can be entered many times, also at once: each time is a run of its own.
+    """
+
+    def __init__(
+        self,
+        watchdog: Callable[[], Starter],
+        *,
+        budgets: Sequence[Budget],
+        guards: Sequence[object],
+        tags: Mapping[str, str] | None,
+        dry_run: bool,
+    ) -> None:
+        """Made by ``run()``."""
+        self._watchdog = watchdog
+        self._budgets = as_budgets(budgets)
+        check_actions(self._budgets, where="run(budgets=[...])")
+        self._guards = tuple(guards)
+        if not isinstance(tags or {}, Mapping):
+            raise UsageError(
+                f"tags={tags!r} is no mapping, so no Budget(by=...) could find a value in it. Write tags={{'tenant': 'acme'}}."
+            )
+        self._tags = dict(tags or {})
+        self._dry_run = dry_run
+        self._frames: list[Frame] = []
+
+    def __enter__(self) -> Run:
+        """Begin a run."""
+        run = self._start()
+        try:
+            self._frames.append(open_block(run.watchdog, run, introduces_run=True))
+        except BaseException:  # also a signal handler's
+            run.end()
+            raise
+        return run
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the run; what was raised goes on."""
+        frame = left_by(self._frames)
+        self._frames.remove(frame)
+        leave(frame)
+        run: Run = frame.run
+        run.end()
+
+    async def __aenter__(self) -> Run:
+        """Begin a run."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the run; what was raised goes on."""
+        self.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Make each call of ``function`` a run of its own: sync or async, a generator or not.
+
+        The run of a generator is in force while its body runs, and nowhere between the steps, whoever steps it; it ends with the
+        generator.
+        """
+        if isasyncgenfunction(function):
+            return cast("Callable[P, R]", self._over_asteps(function))
+        if isgeneratorfunction(function):
+            return cast("Callable[P, R]", self._over_steps(function))
+        if iscoroutinefunction(function):
+
+            @wraps(function)
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return cast("Callable[P, R]", run_async)
+
+        @wraps(function)
+        def run_sync(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return run_sync
+
+    def _start(self) -> Run:
+        watchdog = self._watchdog()
+        around = frame_of(watchdog)
+        return watchdog.start_run(
+            budgets=self._budgets,
+            tags=self._tags,
+            parent=None if around is None or around.run is watchdog.process_run else around.run,
+            dry_run=self._dry_run,
+            guards=self._guards,
+            is_block=True,
+        )
+
+    @contextmanager
+    def _stepped(self) -> Iterator[_Steps]:
+        """Begin a run that is in force in the steps of one generator only."""
+        run = self._start()
+        frame = stands(run.watchdog, run)
+        try:
+            yield _Steps(frame)
+        finally:
+            leave(frame)
+            run.end()
+
+    def _over_steps(self, function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Generator[Any, Any, Any]]:
+        @wraps(function)
+        def steps(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            with self._stepped() as in_run:
+                generator = function(*args, **kwargs)
+                step: Callable[[], Any] = lambda: next(generator)  # noqa: E731 - the first of those that follow
+                while True:
+                    try:
+                        with in_run:
+                            item = step()
+                    except StopIteration as end:
+                        return end.value
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        with in_run:
+                            generator.close()
+                        raise
+                    except BaseException as error:
+                        thrown = error
+                        step = lambda: generator.throw(thrown)  # noqa: E731, B023 - called before it changes
+                    else:
+                        step = lambda: generator.send(sent)  # noqa: E731, B023 - as above
+
+        return steps
+
+    def _over_asteps(self, function: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+        @wraps(function)
+        async def asteps(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            with self._stepped() as in_run:
+                generator = function(*args, **kwargs)
+                step: Callable[[], Any] = generator.__anext__
+                while True:
+                    try:
+                        with in_run:
+                            item = await step()
+                    except StopAsyncIteration:
+                        return
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        with in_run:
+                            await generator.aclose()
+                        raise
+                    except BaseException as error:
+                        thrown = error
+                        step = lambda: generator.athrow(thrown)  # noqa: E731, B023 - called before it changes
+                    else:
+                        step = lambda: generator.asend(sent)  # noqa: E731, B023 - as above
+
+        return asteps
+
+
+class _Steps:
+    """``with``: one step of a generator. Steps of one generator come one after the other."""
+
+    __slots__ = ("_before", "_frame")
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+        self._before: Frame | None = None
+
+    def __enter__(self) -> None:
+        self._before = stand_in(self._frame)
+
+    def __exit__(self, *exception: object) -> None:
+        stand_in(self._before)
+
+
+class OutsideRuns:
+    """``with clevagent.outside_runs():`` and its async twin: see there."""
+
+    def __init__(self, watchdog: Callable[[], Starter]) -> None:
+        """Made by ``outside_runs()``."""
+        self._watchdog = watchdog
+        self._frames: list[Frame] = []
+
+    def __enter__(self) -> None:
+        """Leave every run."""
+        watchdog = self._watchdog()
+        self._frames.append(open_block(watchdog, watchdog.process_run, introduces_run=True))
+
+    def __exit__(self, *exception: object) -> None:
+        """Come back to the run around."""
+        frame = left_by(self._frames)
+        self._frames.remove(frame)
+        leave(frame)
+
+    async def __aenter__(self) -> None:
+        """Leave every run."""
+        self.__enter__()
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Come back to the run around."""
+        self.__exit__()

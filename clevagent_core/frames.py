@@ -1,0 +1,510 @@
+"""Where code stands: whose run it is a part of, and which tools, nodes and wrap-ups are around it.
+
+One context variable of the process holds the innermost :class:`Frame`; each links to the one around it, and a watchdog finds its own
+by walking up. Frames are never changed but for being over: a block that is left in another context than it was entered in, as the
+``with`` of a generator that somebody else closes, only marks its frame, and whoever meets a frame that is over looks past it.
+
+A block that is opened in a generator covers the generator's own body, not what its consumer does between the steps. So it counts
+where the generator is on the Python stack, and where its context was inherited by another task or thread. Blocks that were opened
+through contextlib, pytest or pluggy, which split a generator into an enter and an exit, are like any other.
+
+Nothing here blocks; all of it is safe from any thread. Checked with CPython 3.11 to 3.13.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR, CO_ITERABLE_COROUTINE
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from clevagent_core.budgets import Budget
+    from clevagent_core.verdicts import Incident
+
+Ending = Callable[["Incident"], type[BaseException] | None]
+"""Gives, for what was refused, the exception type by which the framework around is ended; ``None`` to leave it at ``through``."""
+
+_SPLITTERS = ("contextlib", "_pytest.", "pluggy", "pytest_asyncio", "anyio.pytest_plugin", "clevagent_core.")
+"""Modules that step a generator once to enter a block, and once more to leave it; and ours, between a block and who opened it."""
+_COPIERS = ("anyio", "asyncio.threads", "concurrent.futures", "asgiref")
+"""Modules that run a function in a copy of the context, which is thrown away afterwards with all that was set in it."""
+
+
+class Activity:
+    """A tool, a node, or a wrap-up that goes on around a context."""
+
+    __slots__ = ("__weakref__", "is_over", "kind", "name", "place")
+
+    def __init__(
+        self, kind: Literal["tool", "node", "wrap_up", "work"], name: str = "", place: tuple[str, ...] | None = None
+    ) -> None:
+        """Begin it."""
+        self.kind = kind
+        """``node`` for agents and tasks, too; ``work`` is an adapter's own."""
+        self.name = name
+        self.place = place
+        """For a node of a graph: the names by which the framework has it, outermost graph first."""
+        self.is_over = False
+
+
+class Frame:
+    """What holds inside one block. Made by :func:`enter` and :func:`carry`."""
+
+    __slots__ = (
+        "activities", "activity", "around", "covered", "driver", "ending", "introduces_run", "is_over", "lent", "opener", "outer", "run",
+        "task", "thread", "through", "watchdog",
+    )  # fmt: skip
+
+    def __init__(self, watchdog: Any, run: Any, base: Frame | None, activity: Activity | None = None) -> None:
+        """Begin with what holds in ``base``."""
+        self.watchdog = watchdog
+        self.run = run
+        """The run that calls in it are a part of."""
+        self.activity = activity
+        if base is None:
+            self.activities: tuple[Activity, ...] = () if activity is None else (activity,)
+            self.lent: tuple[Budget, ...] = ()
+            self.through: type[BaseException] | None = None
+            self.ending: Ending | None = None
+        else:
+            self.activities = base.activities if activity is None else (*base.activities, activity)
+            self.lent = base.lent
+            self.through = base.through
+            self.ending = base.ending
+        # activities: what goes on around it, outermost first, with some that may be over.
+        # lent: the budgets of nodes, which cover every call in them.
+        # through: the exception type that the framework around lets pass; what is raised here is one, too.
+        self.covered: Any = None
+        """The ticket of the model call that a framework's adapter opened: whatever is further down is a part of it."""
+        self.outer: Frame | None = None
+        """What this context held before."""
+        self.around: Frame | None = None
+        """What is around it; another than ``outer`` in a generator that is stepped in another context."""
+        self.is_over = False
+        self.introduces_run = False
+        """Whether its run is another one than that around it."""
+        self.opener = 0
+        """The identity of the generator's Python frame that opened it; 0 where it was no generator."""
+        self.driver: tuple[int, CodeType] | None = None
+        """Who stepped the generator then."""
+        self.thread: object = None
+        """Where it was opened; ``None`` where it was carried to."""
+        self.task: object = None
+
+    def is_own(self) -> bool:
+        """Tell whether this code runs in the task, or else the thread, that opened the frame."""
+        return self.thread is _here.mark and self.task is current_task()
+
+
+class Spot(NamedTuple):
+    """A thread, and the task that runs in it."""
+
+    thread: object
+    task: object
+
+
+def spot() -> Spot:
+    """Tell where this code runs; two are equal for one task, or else one thread."""
+    return Spot(_here.mark, current_task())
+
+
+class _Here(threading.local):
+    """Tells threads apart; unlike their idents, these are not used again."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+
+
+_here = _Here()
+_current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
+_openers: dict[int, list[Frame]] = {}
+"""The blocks that are open in generators, by the generator's frame. By its identity: a reference would keep the generator alive, and
+the frame lasts until the generator has ended, which closes the block."""
+_lost: dict[Frame, None] = {}
+"""The blocks that were opened, through contextlib, in a context that was thrown away then."""
+
+
+def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
+    """Find the asyncio task that runs here: the same object each time. Costs next to nothing where asyncio is not in use."""
+    asyncio = sys.modules.get("asyncio")
+    # Another thread may be importing it at this moment: a loop can only run here once that is done.
+    running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
+    if asyncio is None or running_loop is None or running_loop() is None:
+        return None
+    task = asyncio.current_task()
+    return None if task is None else weakref.ref(task)
+
+
+# -- blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, introduces_run: bool = False) -> Frame:
+    """Enter a block of an adapter's, which it leaves itself, in the same context or another one."""
+    raw = _current.get()
+    base = frame_of(watchdog)
+    frame = Frame(watchdog, run, base, activity)
+    frame.outer = raw
+    frame.around = base if _openers and base is not None and not _leads_to(raw, base) else raw
+    if introduces_run:
+        frame.introduces_run = True
+        frame.thread, frame.task = _here.mark, current_task()
+    _current.set(frame)
+    return frame
+
+
+def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, introduces_run: bool = False) -> Frame:
+    """Enter a block of the user's, which may stand in a generator."""
+    frame = enter(watchdog, run, activity, introduces_run=introduces_run)
+    found = _opener(sys._getframe(1))  # noqa: SLF001 - as above
+    if found is not None:
+        frame.thread, frame.task = _here.mark, current_task()
+        python, driver = found
+        if python is None:
+            _lost[frame] = None
+        else:
+            frame.opener = id(python)
+            frame.driver = None if driver is None else (id(driver), driver.f_code)
+            _openers.setdefault(frame.opener, []).append(frame)
+    return frame
+
+
+def leave(frame: Frame) -> None:
+    """Leave a block, in whatever context. Never raises, and does nothing the second time."""
+    frame.is_over = True
+    if frame.activity is not None:
+        frame.activity.is_over = True
+    if frame.opener:
+        blocks = _openers.get(frame.opener, [])
+        if frame in blocks:
+            blocks.remove(frame)
+        if not blocks:
+            _openers.pop(frame.opener, None)
+    elif _lost:
+        _lost.pop(frame, None)
+    if _current.get() is frame:
+        _current.set(frame.outer)
+    else:
+        _drop(frame)
+
+
+def left_by(frames: list[Frame]) -> Frame:
+    """Find which of several frames of one block is left here: that of this generator, else of this context, else the latest."""
+    if len(frames) == 1:
+        return frames[0]
+    found = _opener(sys._getframe(1))  # noqa: SLF001 - as above
+    if found is not None and found[0] is not None:
+        opener = id(found[0])
+        for frame in reversed(frames):
+            if frame.opener == opener:
+                return frame
+    return next((frame for frame in _chain(_current.get()) if frame in frames and not frame.opener), frames[-1])
+
+
+def stands(watchdog: Any, run: Any) -> Frame:
+    """Make what the steps of a generator stand in (``stand_in``), with what is around it now."""
+    frame = Frame(watchdog, run, frame_of(watchdog))
+    frame.around = _current.get()
+    frame.introduces_run = True
+    return frame
+
+
+def _drop(frame: Frame) -> None:
+    """Take a frame off this context that only ones that are over stand upon."""
+    top = _current.get()
+    while top is not None and top is not frame and top.is_over:
+        top = top.outer
+    if top is frame:
+        _current.set(frame.outer)
+
+
+def stand_in(frame: Frame | None) -> Frame | None:
+    """Let what is called in this context stand in a frame that is not left by that; give what to put back, in the same way."""
+    before = _current.get()
+    _current.set(frame)
+    return before
+
+
+def entry(watchdog: Any) -> Frame | None:
+    """Find what an entry point must stand in that hands its work to other tasks or threads; ``None`` where the context tells them."""
+    if not _openers:
+        return None
+    frame = look(watchdog).frame
+    return None if frame is _current.get() else frame
+
+
+def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | None] | None:
+    """Find the generator that opens a block, and who steps it; ``None`` where no generator does.
+
+    A generator of ``None``: it is stepped by contextlib in a context that is thrown away.
+    """
+    was_split = False
+    while True:
+        while python is not None and _is_of(python, _SPLITTERS):
+            python = python.f_back
+        if python is None or not _is_generator(python.f_code):
+            return (None, None) if was_split and python is not None and _is_of(python, _COPIERS) else None
+        driver = python.f_back
+        if driver is None or not _is_of(driver, _SPLITTERS):
+            return python, driver
+        python, was_split = driver, True
+
+
+def _is_generator(code: CodeType) -> bool:
+    return bool(code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)) and not code.co_flags & CO_ITERABLE_COROUTINE
+
+
+def _is_of(python: FrameType, modules: tuple[str, ...]) -> bool:
+    name = python.f_globals.get("__name__")
+    return isinstance(name, str) and name.startswith(modules)
+
+
+# -- what counts here -----------------------------------------------------------------------------------------------------
+
+
+def frame_of(watchdog: Any) -> Frame | None:
+    """Find the innermost frame of ``watchdog`` that counts here, by the context and the Python stack."""
+    frame = _current.get()
+    if not _openers:
+        if frame is None:
+            return None
+        if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
+            return frame
+    return look(watchdog).frame
+
+
+class Outlived(NamedTuple):
+    """A run that this task or thread was begun in, and that is over, with all those around it."""
+
+    run_id: str
+    has_budgets: bool
+
+
+class Look(NamedTuple):
+    """What was found of a watchdog."""
+
+    frame: Frame | None
+    """What counts here."""
+    outlived: Outlived | None
+    """What would have counted."""
+    is_consumer: bool
+    """Whether this is code that steps a generator in which a run is open: outside of that run, for certain."""
+
+
+def look(watchdog: Any) -> Look:
+    """Find what counts here, and what else the context tells."""
+    stack = _stack() if _openers else {}
+    found: Frame | None = None
+    outlived: Outlived | None = None
+    is_consumer = is_item = False
+    for frame in _chain(_current.get()):
+        if frame.watchdog is None:
+            is_item = True
+        if frame.watchdog is not watchdog:
+            continue
+        if frame.is_over or frame.run.ended_at is not None:
+            if outlived is None and frame.introduces_run and not frame.is_own():
+                found = _still_around(frame.run)
+                if found is not None:
+                    break
+                outlived = Outlived(frame.run.run_id, has_budgets(frame.run))
+        elif not frame.opener or frame.opener in stack or not frame.is_own():
+            found = frame
+            break
+        else:
+            is_consumer = is_consumer or _is_consumer(frame, stack)
+    stepped = _stepped(watchdog, stack) if stack else None
+    if stepped is not None and not _leads_to(found, stepped):
+        found = stepped
+    if found is None and outlived is None and not is_item:
+        found, outlived = _marked(watchdog)
+    return Look(found, None if found is not None else outlived, is_consumer)
+
+
+def _chain(frame: Frame | None) -> Iterator[Frame]:
+    while frame is not None:
+        yield frame
+        frame = frame.around
+
+
+def _leads_to(frame: Frame | None, other: Frame) -> bool:
+    return any(one is other for one in _chain(frame))
+
+
+def _still_around(run: Any) -> Frame | None:
+    """Give a frame for the nearest run that goes on, of one and those around it."""
+    for one in run.chain():
+        if one.ended_at is None:
+            return Frame(run.watchdog, one, None)
+    return None
+
+
+def _stack() -> dict[int, CodeType]:
+    found: dict[int, CodeType] = {}
+    python: FrameType | None = sys._getframe(2)  # noqa: SLF001 - documented; inspect.stack() reads files
+    while python is not None:
+        found[id(python)] = python.f_code
+        python = python.f_back
+    return found
+
+
+def _stepped(watchdog: Any, stack: dict[int, CodeType]) -> Frame | None:
+    """Find the innermost block of ``watchdog`` in a generator that is being stepped here."""
+    for python in stack:
+        for frame in reversed(_openers.get(python, ())):
+            if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
+                return frame
+    return None
+
+
+def _is_consumer(frame: Frame, stack: dict[int, CodeType]) -> bool:
+    """Tell whether this is the code of whoever stepped a generator. One that nobody steps any more has been left behind."""
+    if frame.task is not None:
+        return True
+    driver = frame.driver
+    return driver is not None and stack.get(driver[0]) is driver[1]
+
+
+def blocks_of(watchdog: Any) -> list[Any]:
+    """The runs of the blocks that are open in generators, or were opened in a context that is gone."""
+    found = [frame for blocks in list(_openers.values()) for frame in blocks] + list(_lost)
+    return [frame.run for frame in found if frame.watchdog is watchdog and frame.run.ended_at is None]
+
+
+def has_budgets(run: Any) -> bool:
+    """Tell whether something limits what a run may spend, beside what limits the whole process."""
+    if any(one.budgets for one in run.chain()):
+        return True
+    return any(budget.per == "run" or budget.by is not None for budget in run.watchdog.settings.budgets)
+
+
+# -- what is carried ------------------------------------------------------------------------------------------------------
+
+
+class _Mark(NamedTuple):
+    """What a thread was started in. It may go on for ever: nothing of it is kept alive."""
+
+    watchdog: weakref.ref[Any]
+    run: weakref.ref[Any]
+    activities: tuple[weakref.ref[Activity], ...]
+    lent: tuple[Budget, ...]
+    told: Outlived
+
+
+_MARKS = "_clevagent_marks"
+
+
+def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
+    """Note on a thread, which is about to be started, what it is started in."""
+    frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
+    if frames:
+        setattr(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))
+
+
+def _mark_of(frame: Frame) -> _Mark:
+    run = frame.run
+    activities = tuple(weakref.ref(activity) for activity in _carried(frame))
+    return _Mark(weakref.ref(frame.watchdog), weakref.ref(run), activities, frame.lent, Outlived(run.run_id, has_budgets(run)))
+
+
+def _carried(frame: Frame) -> tuple[Activity, ...]:
+    return tuple(activity for activity in frame.activities if activity.kind != "wrap_up" and not activity.is_over)
+
+
+def _marked(watchdog: Any) -> tuple[Frame | None, Outlived | None]:
+    """Find what this thread was started in."""
+    marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
+    for found in marks:
+        if found.watchdog() is not watchdog:
+            continue
+        run = found.run()
+        frame = None if run is None else _still_around(run)
+        if frame is None:
+            return None, found.told
+        activities = (reference() for reference in found.activities)
+        frame.activities = tuple(activity for activity in activities if activity is not None and not activity.is_over)
+        frame.lent = found.lent
+        return frame, None
+    return None, None
+
+
+def carry(watchdogs: Iterable[Any]) -> Frame:
+    """Make what a piece of work for a pool stands in, wherever it is done: what stands here, without what holds for this call only."""
+    bottom = Frame(None, None, None)
+    for frame in [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]:
+        made = Frame(frame.watchdog, frame.run, None)
+        made.activities, made.lent = _carried(frame), frame.lent
+        made.around = bottom
+        made.introduces_run = True
+        bottom = made
+    return bottom
+
+
+def kept(frame: Frame) -> Frame:
+    """Make what a stream stands in that was made in ``frame`` and may be read elsewhere."""
+    made = Frame(frame.watchdog, frame.run, frame)
+    made.around = frame.around
+    made.introduces_run = True
+    return made
+
+
+# -- what is asked --------------------------------------------------------------------------------------------------------
+
+
+def living(frame: Frame | None, kind: str) -> list[Activity]:
+    """Give the activities of one kind that go on around a frame, outermost first."""
+    if frame is None:
+        return []
+    return [activity for activity in frame.activities if activity.kind == kind and not activity.is_over]
+
+
+def activities_here(kind: str) -> list[Activity]:
+    """Give all activities of one kind that this context, or this thread, was begun in, of every watchdog, innermost first.
+
+    Some may be over: it is for those who begin them to say what that means.
+    """
+    found: dict[Activity, None] = {}
+    is_item = False
+    for frame in _chain(_current.get()):
+        is_item = is_item or frame.watchdog is None
+        found.update(dict.fromkeys(activity for activity in reversed(frame.activities) if activity.kind == kind))
+    if not found and not is_item:
+        marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
+        activities = [reference() for noted in marks for reference in reversed(noted.activities)]
+        found.update(dict.fromkeys(activity for activity in activities if activity is not None and activity.kind == kind))
+    return list(found)
+
+
+def wraps_up(watchdog: Any) -> bool:
+    """Tell whether calls made here may use what budgets keep back."""
+    frame = frame_of(watchdog)
+    return frame is not None and bool(frame.activities) and bool(living(frame, "wrap_up"))
+
+
+def covering(watchdog: Any) -> list[Frame]:
+    """Give the frames of calls that cover what is sent here, innermost first."""
+    return [
+        frame for frame in _chain(_current.get()) if frame.covered is not None and not frame.is_over and frame.watchdog is watchdog
+    ]
+
+
+def place(call: LLMCall | ToolCall, frame: Frame | None) -> None:
+    """Write into a call which tools and nodes are around it; a node that it has already stays the innermost."""
+    if frame is None or not frame.activities:
+        return
+    tools = path([activity.name for activity in living(frame, "tool")])
+    nodes = [activity.name for activity in living(frame, "node")]
+    if nodes:
+        call.node = path([*nodes, *parts_of(call.node)])
+    if isinstance(call, LLMCall):
+        call.tool = tools
+    else:
+        call.inside = tools
