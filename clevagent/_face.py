@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from clevagent_core import default
-from clevagent_core.blocks import OutsideRuns, RunBlock
+from clevagent_core.blocks import RunBlock
 from clevagent_core.budgets import Budget, OnExceed, as_budgets, check_action, check_names
 from clevagent_core.calls import LLMCall, Step, ToolCall, Usage
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import frame_of, place
+from clevagent_core.frames import Within, frame_of, place
 from clevagent_core.money import to_pico
 from clevagent_core.tickets import plain_step
 from clevagent_core.verdicts import Incident
@@ -79,13 +79,13 @@ def run(
     return RunBlock(default.current, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
 
 
-def outside_runs() -> OutsideRuns:
+def outside_runs() -> Within:
     """Let calls belong to no run: ``with clevagent.outside_runs():``, also ``async with``. Budgets of the process still cover them.
 
     For background work of the program's own (a summariser, a scheduler) that was begun inside a run and is no part of it, or that runs
     in a thread of which nobody can tell whose it is.
     """
-    return OutsideRuns(default.current)
+    return Within(lambda: default.current().process_run)
 
 
 def guard(obj: T, *, budgets: Sequence[Budget] = (), on_exceed: OnExceed | None = None, watchdog: Watchdog | None = None) -> T:

@@ -1,4 +1,4 @@
-"""``with clevagent.run(...)``, its decorator, and ``with clevagent.outside_runs()``."""
+"""``with clevagent.run(...)`` and its decorator."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunBlock:
         """Begin a run."""
         run = self._start()
         try:
-            self._frames.append(open_block(run.watchdog, run, introduces_run=True))
+            self._frames.append(open_block(run.watchdog, run, begins=True))
         except BaseException:  # also a signal handler's
             run.end()
             raise
@@ -209,31 +209,3 @@ class _Steps:
 
     def __exit__(self, *exception: object) -> None:
         stand_in(self._before)
-
-
-class OutsideRuns:
-    """``with clevagent.outside_runs():`` and its async twin: see there."""
-
-    def __init__(self, watchdog: Callable[[], Starter]) -> None:
-        """Made by ``outside_runs()``."""
-        self._watchdog = watchdog
-        self._frames: list[Frame] = []
-
-    def __enter__(self) -> None:
-        """Leave every run."""
-        watchdog = self._watchdog()
-        self._frames.append(open_block(watchdog, watchdog.process_run, introduces_run=True))
-
-    def __exit__(self, *exception: object) -> None:
-        """Come back to the run around."""
-        frame = left_by(self._frames)
-        self._frames.remove(frame)
-        leave(frame)
-
-    async def __aenter__(self) -> None:
-        """Leave every run."""
-        self.__enter__()
-
-    async def __aexit__(self, *exception: object) -> None:
-        """Come back to the run around."""
-        self.__exit__()

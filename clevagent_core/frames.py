@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR, CO_ITERABLE_COROUTINE
 from types import CodeType, FrameType
@@ -57,63 +58,77 @@ class Activity:
 
 
 class Frame:
-    """What holds inside one block. Made by :func:`enter` and :func:`carry`."""
+    """What holds inside one block. Made by :func:`enter` and its like, and not changed once code stands in it, but for being over."""
 
     __slots__ = (
-        "activities", "activity", "around", "covered", "driver", "ending", "introduces_run", "is_over", "lent", "opener", "outer", "run",
-        "task", "thread", "through", "watchdog",
+        "activities", "activity", "around", "block", "covered", "ending", "is_over", "lent", "outer", "run", "through", "watchdog", "wraps_up",
     )  # fmt: skip
 
-    def __init__(self, watchdog: Any, run: Any, base: Frame | None, activity: Activity | None = None) -> None:
+    def __init__(self, watchdog: Any, run: Any, base: Frame | None, activity: Activity | None, outer: Frame | None) -> None:
         """Begin with what holds in ``base``."""
         self.watchdog = watchdog
         self.run = run
         """The run that calls in it are a part of."""
         self.activity = activity
+        """What begins and ends with it."""
         if base is None:
-            self.activities: tuple[Activity, ...] = () if activity is None else (activity,)
+            self.activities: tuple[Activity, ...] = ()
+            """What goes on around it, outermost first; some may be over."""
             self.lent: tuple[Budget, ...] = ()
+            """The budgets of the nodes around it: they cover every call in them."""
             self.through: type[BaseException] | None = None
+            """The exception type that the framework around lets pass: what is raised here is one, too."""
             self.ending: Ending | None = None
+            """Where that depends on what was refused."""
+            self.wraps_up = False
+            """Whether a wrap-up was begun around it."""
         else:
-            self.activities = base.activities if activity is None else (*base.activities, activity)
+            self.activities = base.activities
             self.lent = base.lent
             self.through = base.through
             self.ending = base.ending
-        # activities: what goes on around it, outermost first, with some that may be over.
-        # lent: the budgets of nodes, which cover every call in them.
-        # through: the exception type that the framework around lets pass; what is raised here is one, too.
+            self.wraps_up = base.wraps_up
+        if activity is not None:
+            self.activities = (*self.activities, activity)
+            self.wraps_up = self.wraps_up or activity.kind == "wrap_up"
         self.covered: Any = None
         """The ticket of the model call that a framework's adapter opened: whatever is further down is a part of it."""
-        self.outer: Frame | None = None
+        self.outer = outer
         """What this context held before."""
-        self.around: Frame | None = None
+        self.around = outer
         """What is around it; another than ``outer`` in a generator that is stepped in another context."""
         self.is_over = False
-        self.introduces_run = False
-        """Whether its run is another one than that around it."""
+        self.block: Block | None = None
+        """Where it was opened, if its run may be another one than that around it, or a generator has opened it."""
+
+
+class Block:
+    """Where a frame was opened."""
+
+    __slots__ = ("driver", "opener", "spot")
+
+    def __init__(self, spot: Spot | None) -> None:
+        """Begin it; ``None`` for what was carried here."""
+        self.spot = spot
         self.opener = 0
         """The identity of the generator's Python frame that opened it; 0 where it was no generator."""
         self.driver: tuple[int, CodeType] | None = None
         """Who stepped the generator then."""
-        self.thread: object = None
-        """Where it was opened; ``None`` where it was carried to."""
-        self.task: object = None
 
     def is_own(self) -> bool:
-        """Tell whether this code runs in the task, or else the thread, that opened the frame."""
-        return self.thread is _here.mark and self.task is current_task()
+        """Tell whether this code runs in the task, or else the thread, that opened it."""
+        return self.spot is not None and self.spot == spot()
 
 
 class Spot(NamedTuple):
-    """A thread, and the task that runs in it."""
+    """A thread, and the task that runs in it; two are equal for one task, or else one thread."""
 
     thread: object
     task: object
 
 
 def spot() -> Spot:
-    """Tell where this code runs; two are equal for one task, or else one thread."""
+    """Tell where this code runs."""
     return Spot(_here.mark, current_task())
 
 
@@ -147,83 +162,133 @@ def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
 # -- blocks ---------------------------------------------------------------------------------------------------------------
 
 
-def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, introduces_run: bool = False) -> Frame:
-    """Enter a block of an adapter's, which it leaves itself, in the same context or another one."""
+def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: bool = False) -> Frame:
+    """Enter a block of an adapter's, which it leaves itself, in the same context or another one.
+
+    ``begins`` says that its run may be another than that around it.
+    """
     raw = _current.get()
-    base = frame_of(watchdog)
-    frame = Frame(watchdog, run, base, activity)
-    frame.outer = raw
-    frame.around = base if _openers and base is not None and not _leads_to(raw, base) else raw
-    if introduces_run:
-        frame.introduces_run = True
-        frame.thread, frame.task = _here.mark, current_task()
+    while raw is not None and raw.is_over and raw.block is not None and raw.block.opener and raw.block.is_own():
+        raw = raw.outer  # of a generator that was closed
+    if raw is not None and not _openers and raw.watchdog is watchdog and not raw.is_over and raw.run.ended_at is None:
+        frame = Frame(watchdog, run, raw, activity, raw)
+    else:
+        base = frame_of(watchdog)
+        frame = Frame(watchdog, run, base, activity, raw)
+        if _openers and base is not None and not _leads_to(raw, base):
+            frame.around = base
+    if begins:
+        frame.block = Block(spot())
     _current.set(frame)
     return frame
 
 
-def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, introduces_run: bool = False) -> Frame:
-    """Enter a block of the user's, which may stand in a generator."""
-    frame = enter(watchdog, run, activity, introduces_run=introduces_run)
-    found = _opener(sys._getframe(1))  # noqa: SLF001 - as above
+def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: bool = False) -> Frame:
+    """Enter a block of the user's, which may stand in a generator. To be called by the ``__enter__`` that the user's code calls."""
+    frame = enter(watchdog, run, activity, begins=begins)
+    found = _opener(sys._getframe(2))  # noqa: SLF001 - documented; inspect.stack() reads files
     if found is not None:
-        frame.thread, frame.task = _here.mark, current_task()
+        block = frame.block = frame.block or Block(spot())
         python, driver = found
         if python is None:
             _lost[frame] = None
         else:
-            frame.opener = id(python)
-            frame.driver = None if driver is None else (id(driver), driver.f_code)
-            _openers.setdefault(frame.opener, []).append(frame)
+            block.opener = id(python)
+            block.driver = None if driver is None else (id(driver), driver.f_code)
+            _openers.setdefault(block.opener, []).append(frame)
     return frame
 
 
 def leave(frame: Frame) -> None:
     """Leave a block, in whatever context. Never raises, and does nothing the second time."""
+    finish(frame)
+    if frame.block is not None and frame.block.opener:
+        return  # perhaps the garbage collector closes the generator; who comes next takes it off
+    top = _current.get()
+    # Only what is over may stand upon it: what has begun in it and goes on stays.
+    while top is not None and top is not frame and top.is_over:
+        top = top.outer
+    if top is frame:
+        _current.set(frame.outer)
+
+
+def finish(frame: Frame) -> None:
+    """Let a frame be over, for whoever may be called by the garbage collector.
+
+    That runs while objects are made, and so in the middle of another ``ContextVar.set``, whose mapping a second ``set`` would free
+    (CPython 3.11: values are lost, for good, in this context and all that are copied from it).
+    """
     frame.is_over = True
     if frame.activity is not None:
         frame.activity.is_over = True
-    if frame.opener:
-        blocks = _openers.get(frame.opener, [])
+    if _openers and frame.block is not None and frame.block.opener:
+        blocks = _openers.get(frame.block.opener, [])
         if frame in blocks:
             blocks.remove(frame)
         if not blocks:
-            _openers.pop(frame.opener, None)
-    elif _lost:
+            _openers.pop(frame.block.opener, None)
+    if _lost:
         _lost.pop(frame, None)
-    if _current.get() is frame:
-        _current.set(frame.outer)
-    else:
-        _drop(frame)
 
 
 def left_by(frames: list[Frame]) -> Frame:
     """Find which of several frames of one block is left here: that of this generator, else of this context, else the latest."""
     if len(frames) == 1:
         return frames[0]
-    found = _opener(sys._getframe(1))  # noqa: SLF001 - as above
+    found = _opener(sys._getframe(2))  # noqa: SLF001 - as above
     if found is not None and found[0] is not None:
         opener = id(found[0])
         for frame in reversed(frames):
-            if frame.opener == opener:
+            if frame.block is not None and frame.block.opener == opener:
                 return frame
-    return next((frame for frame in _chain(_current.get()) if frame in frames and not frame.opener), frames[-1])
+    return next((frame for frame in _chain(_current.get()) if frame in frames and not _is_generators(frame)), frames[-1])
+
+
+def _is_generators(frame: Frame) -> bool:
+    return frame.block is not None and frame.block.opener != 0
 
 
 def stands(watchdog: Any, run: Any) -> Frame:
     """Make what the steps of a generator stand in (``stand_in``), with what is around it now."""
-    frame = Frame(watchdog, run, frame_of(watchdog))
-    frame.around = _current.get()
-    frame.introduces_run = True
+    frame = Frame(watchdog, run, frame_of(watchdog), None, _current.get())
+    frame.block = Block(None)
     return frame
 
 
-def _drop(frame: Frame) -> None:
-    """Take a frame off this context that only ones that are over stand upon."""
-    top = _current.get()
-    while top is not None and top is not frame and top.is_over:
-        top = top.outer
-    if top is frame:
-        _current.set(frame.outer)
+class Within(ContextDecorator):
+    """``with``: what is called inside is a part of one run, or of a wrap-up. Can be entered many times, also at once."""
+
+    def __init__(self, run: Callable[[], Any], kind: Literal["wrap_up"] | None = None) -> None:
+        """For the run that is given when it is entered; a wrap-up is one of whatever run is around it, if there is one."""
+        self._run = run
+        self._kind = kind
+        self._frames: list[Frame] = []
+
+    def __enter__(self) -> Any:
+        """Enter it; give the run."""
+        run = self._run()
+        watchdog = run.watchdog
+        if self._kind is None:
+            frame = open_block(watchdog, run, begins=True)
+        else:
+            around = frame_of(watchdog)
+            frame = open_block(watchdog, run if around is None else around.run, Activity(self._kind))
+        self._frames.append(frame)
+        return run
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave it, in whatever context."""
+        frame = left_by(self._frames)
+        self._frames.remove(frame)
+        leave(frame)
+
+    async def __aenter__(self) -> Any:
+        """Enter it; give the run."""
+        return self.__enter__()
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Leave it, in whatever context."""
+        self.__exit__()
 
 
 def stand_in(frame: Frame | None) -> Frame | None:
@@ -234,11 +299,17 @@ def stand_in(frame: Frame | None) -> Frame | None:
 
 
 def entry(watchdog: Any) -> Frame | None:
-    """Find what an entry point must stand in that hands its work to other tasks or threads; ``None`` where the context tells them."""
+    """Find what an entry point must stand in that hands its work to other tasks or threads; ``None`` where the context tells them.
+
+    It does not where a generator's block is open: they would inherit that of one that only left it there.
+    """
     if not _openers:
         return None
+    top = _current.get()
     frame = look(watchdog).frame
-    return None if frame is _current.get() else frame
+    if frame is top:
+        return None
+    return frame if frame is not None else Frame(watchdog, watchdog.current_run(), None, None, None)
 
 
 def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | None] | None:
@@ -248,12 +319,12 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
     """
     was_split = False
     while True:
-        while python is not None and _is_of(python, _SPLITTERS):
+        while python is not None and _kind_of(python) == "splits":
             python = python.f_back
         if python is None or not _is_generator(python.f_code):
-            return (None, None) if was_split and python is not None and _is_of(python, _COPIERS) else None
+            return (None, None) if was_split and python is not None and _kind_of(python) == "copies" else None
         driver = python.f_back
-        if driver is None or not _is_of(driver, _SPLITTERS):
+        if driver is None or _kind_of(driver) != "splits":
             return python, driver
         python, was_split = driver, True
 
@@ -262,9 +333,18 @@ def _is_generator(code: CodeType) -> bool:
     return bool(code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)) and not code.co_flags & CO_ITERABLE_COROUTINE
 
 
-def _is_of(python: FrameType, modules: tuple[str, ...]) -> bool:
-    name = python.f_globals.get("__name__")
-    return isinstance(name, str) and name.startswith(modules)
+def _kind_of(python: FrameType) -> str:
+    """Tell what the module of a Python frame does with generators and contexts."""
+    module = python.f_globals.get("__name__", "")
+    found = _kinds.get(module)
+    if found is None:
+        name = str(module)
+        found = _kinds[module] = "splits" if name.startswith(_SPLITTERS) else "copies" if name.startswith(_COPIERS) else ""
+    return found
+
+
+_kinds: dict[object, str] = {}
+"""By module: every block that is opened asks for one."""
 
 
 # -- what counts here -----------------------------------------------------------------------------------------------------
@@ -275,7 +355,7 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            return None
+            return _marked(watchdog)[0] if _has_marks else None
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -311,16 +391,16 @@ def look(watchdog: Any) -> Look:
         if frame.watchdog is not watchdog:
             continue
         if frame.is_over or frame.run.ended_at is not None:
-            if outlived is None and frame.introduces_run and not frame.is_own():
+            if outlived is None and frame.block is not None and not frame.block.is_own():
                 found = _still_around(frame.run)
                 if found is not None:
                     break
                 outlived = Outlived(frame.run.run_id, has_budgets(frame.run))
-        elif not frame.opener or frame.opener in stack or not frame.is_own():
+        elif not _is_generators(frame) or frame.block.opener in stack or not frame.block.is_own():  # type: ignore[union-attr]  # just asked
             found = frame
             break
         else:
-            is_consumer = is_consumer or _is_consumer(frame, stack)
+            is_consumer = is_consumer or _is_consumer(frame.block, stack)  # type: ignore[arg-type]  # as above
     stepped = _stepped(watchdog, stack) if stack else None
     if stepped is not None and not _leads_to(found, stepped):
         found = stepped
@@ -343,7 +423,7 @@ def _still_around(run: Any) -> Frame | None:
     """Give a frame for the nearest run that goes on, of one and those around it."""
     for one in run.chain():
         if one.ended_at is None:
-            return Frame(run.watchdog, one, None)
+            return Frame(run.watchdog, one, None, None, None)
     return None
 
 
@@ -365,11 +445,11 @@ def _stepped(watchdog: Any, stack: dict[int, CodeType]) -> Frame | None:
     return None
 
 
-def _is_consumer(frame: Frame, stack: dict[int, CodeType]) -> bool:
+def _is_consumer(block: Block, stack: dict[int, CodeType]) -> bool:
     """Tell whether this is the code of whoever stepped a generator. One that nobody steps any more has been left behind."""
-    if frame.task is not None:
+    if block.spot is not None and block.spot.task is not None:
         return True
-    driver = frame.driver
+    driver = block.driver
     return driver is not None and stack.get(driver[0]) is driver[1]
 
 
@@ -400,12 +480,15 @@ class _Mark(NamedTuple):
 
 
 _MARKS = "_clevagent_marks"
+_has_marks = False
 
 
 def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
+        global _has_marks  # noqa: PLW0603 - spares those who start no thread a look at theirs
+        _has_marks = True
         setattr(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))
 
 
@@ -438,21 +521,19 @@ def _marked(watchdog: Any) -> tuple[Frame | None, Outlived | None]:
 
 def carry(watchdogs: Iterable[Any]) -> Frame:
     """Make what a piece of work for a pool stands in, wherever it is done: what stands here, without what holds for this call only."""
-    bottom = Frame(None, None, None)
+    bottom = Frame(None, None, None, None, None)
     for frame in [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]:
-        made = Frame(frame.watchdog, frame.run, None)
+        made = Frame(frame.watchdog, frame.run, None, None, bottom)
         made.activities, made.lent = _carried(frame), frame.lent
-        made.around = bottom
-        made.introduces_run = True
+        made.block = Block(None)
         bottom = made
     return bottom
 
 
 def kept(frame: Frame) -> Frame:
     """Make what a stream stands in that was made in ``frame`` and may be read elsewhere."""
-    made = Frame(frame.watchdog, frame.run, frame)
-    made.around = frame.around
-    made.introduces_run = True
+    made = Frame(frame.watchdog, frame.run, frame, None, frame.around)
+    made.block = Block(None)
     return made
 
 
@@ -486,7 +567,7 @@ def activities_here(kind: str) -> list[Activity]:
 def wraps_up(watchdog: Any) -> bool:
     """Tell whether calls made here may use what budgets keep back."""
     frame = frame_of(watchdog)
-    return frame is not None and bool(frame.activities) and bool(living(frame, "wrap_up"))
+    return frame is not None and frame.wraps_up and bool(living(frame, "wrap_up"))
 
 
 def covering(watchdog: Any) -> list[Frame]:

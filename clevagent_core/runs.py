@@ -21,7 +21,7 @@ from clevagent_core.budgets import UNITS, Budget
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, RemoteStop, Stopped, UsageError, passing
-from clevagent_core.frames import Activity, current_task, frame_of, leave, open_block
+from clevagent_core.frames import Within, current_task, frame_of, living
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.progress import Progress
@@ -323,24 +323,15 @@ class Run:
         """Let the run go on after ``LoopDetected``: what has repeated so far is forgotten, in the whole run tree."""
         self.root.forgiven += 1
 
-    @contextmanager
-    def wrap_up(self) -> Iterator[None]:
+    def wrap_up(self) -> Within:
         """Let the calls inside use what ``keep_usd`` keeps back, after the stop: a closing answer, an apology, a hand-over."""
-        around = frame_of(self.watchdog)
-        frame = open_block(self.watchdog, self if around is None else around.run, Activity("wrap_up"))
-        try:
-            yield
-        finally:
-            leave(frame)
+        return Within(lambda: self, "wrap_up")
 
-    @contextmanager
-    def activate(self) -> Iterator[Run]:
-        """Make this the current run of whatever is called inside: in a thread or a task of your own that inherited none."""
-        frame = open_block(self.watchdog, self, introduces_run=True)
-        try:
-            yield self
-        finally:
-            leave(frame)
+    def activate(self) -> Within:
+        """Make this the run of whatever is called inside, in a thread or task that inherited none: ``with run.activate():``,
+        also ``async with``.
+        """
+        return Within(lambda: self)
 
     def barred_by(self, incident: Incident) -> Run:
         """Make a run inside this one that refuses every call, because of ``incident``, which is told once for each kind."""
@@ -425,8 +416,11 @@ class Run:
         reservations: list[Reservation] = []
         ticket = Ticket(self, call, rates, reservations)
         frame = frame_of(watchdog)
-        if frame is not None and frame.lent:
-            extra = self._joined(extra, frame.lent)
+        if frame is not None:
+            if frame.lent:
+                extra = self._joined(extra, frame.lent)
+            if frame.wraps_up:
+                ticket.wraps_up = bool(living(frame, "wrap_up"))
         try:
             stop = self._reserve(hooks, ticket, reservations, extra)
             if stop is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Self
 
-from clevagent_core.frames import Frame, frame_of, kept, leave, stand_in
+from clevagent_core.frames import Frame, finish, frame_of, kept, stand_in
 
 
 def belonging(watchdog: Any, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -37,8 +37,8 @@ class _Bound:
         stand_in(self._before)
 
     def end(self) -> None:
-        """It will not be read any further."""
-        leave(self._frame)
+        """It will not be read any further. Sets no context variable: see ``frames.finish``."""
+        finish(self._frame)
         self._let_go()
 
 
@@ -74,8 +74,8 @@ class Stream(Iterator[Any]):
             self._bound.end()
 
     def __del__(self) -> None:
-        """Nobody will."""
-        self.close()
+        """Nobody will read on: what it reads is closed by going away itself."""
+        self._bound.end()
 
 
 class AsyncStream(AsyncIterator[Any]):

@@ -106,6 +106,7 @@ class Ticket:
         "run",
         "task",
         "thread",
+        "wraps_up",
     )
 
     def __init__(self, run: Run, call: Call, rates: Rates | None, reservations: list[Reservation]) -> None:
@@ -121,6 +122,8 @@ class Ticket:
         self.rates = rates
         self.max_output_tokens: int | None = call.max_output_tokens if isinstance(call, LLMCall) else None
         """The output limit to send with the request: what was asked for, or what is left of it."""
+        self.wraps_up = False
+        """Whether it may use what budgets keep back."""
         self.frame: Frame | None = None
         """The frame in which it covers what is sent."""
         self._reservations = reservations

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 from clevagent_core.accounts import record
 from clevagent_core.attribution import run_around_work, run_of_call
 from clevagent_core.baselines import Baselines
-from clevagent_core.blocks import OutsideRuns, RunBlock
+from clevagent_core.blocks import RunBlock
 from clevagent_core.budgets import Budget, check_names
 from clevagent_core.calls import Call, LLMCall, Usage
 from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.control import Control
 from clevagent_core.errors import LedgerError, UsageError
-from clevagent_core.frames import Frame, frame_of, living
+from clevagent_core.frames import Frame, Within, frame_of, living
 from clevagent_core.incidents import IncidentTeller
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
@@ -191,9 +191,9 @@ class Watchdog:
         """Make a block for one piece of work: see ``clevagent.run``."""
         return RunBlock(lambda: self, budgets=budgets, guards=guards, tags=tags, dry_run=dry_run)
 
-    def outside_runs(self) -> OutsideRuns:
+    def outside_runs(self) -> Within:
         """Make a block whose calls belong to no run: see ``clevagent.outside_runs``."""
-        return OutsideRuns(lambda: self)
+        return Within(lambda: self.process_run)
 
     def current_run(self, *, tells: bool = True) -> Run:
         """Find the run that a call made here belongs to: see :mod:`clevagent_core.attribution`.

@@ -129,7 +129,7 @@ def stand_in_agent(gate: Gate, role: str | None) -> list[Frame]:
     nodes = living(frame_of(gate.watchdog), "node")
     if role is None or (nodes and nodes[-1].name == role):
         return []
-    return [enter(gate.watchdog, gate.run, Activity("node", role), introduces_run=True)]
+    return [enter(gate.watchdog, gate.run, Activity("node", role), begins=True)]
 
 
 def stand_in_task(role: str | None, task: str | None) -> list[Frame]:
@@ -141,7 +141,7 @@ def stand_in_task(role: str | None, task: str | None) -> list[Frame]:
     frames: list[Frame] = []
     for gate in gates:
         gate.run = _run_of(gate, role, task)
-        frames.append(enter(gate.watchdog, gate.run, None if role is None else Activity("node", role), introduces_run=True))
+        frames.append(enter(gate.watchdog, gate.run, None if role is None else Activity("node", role), begins=True))
     return frames
 
 

@@ -115,7 +115,7 @@ def _ask(context: Any) -> None:
             raise
     for gate in gates:
         frames += stand_in_agent(gate, role)
-        frames.append(enter(gate.watchdog, gate.run, Activity("tool", name), introduces_run=True))
+        frames.append(enter(gate.watchdog, gate.run, Activity("tool", name), begins=True))
     for work in works():
         work.tool_begins()
     if gates:

@@ -74,7 +74,7 @@ class Work(Activity):
     def __enter__(self) -> None:
         """Make it the innermost one of this context."""
         self.outer = next(works(), None)
-        self._frame = enter(self.watchdog, self.run, self, introduces_run=True)
+        self._frame = enter(self.watchdog, self.run, self, begins=True)
         with _lock:
             _going_on.append(self)
 

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import Call, LLMCall, ToolCall, parts_of, path
 from clevagent_core.errors import Stopped
-from clevagent_core.frames import Activity, frame_of, living, place
+from clevagent_core.frames import Activity, Frame, frame_of, living, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 
-if TYPE_CHECKING:
-    from clevagent_core.watchdog import Watchdog
 
-
-def put_in_place(call: LLMCall | ToolCall, watchdog: Watchdog, metadata: Mapping[str, Any] | None) -> None:
+def put_in_place(call: LLMCall | ToolCall, frame: Frame | None, metadata: Mapping[str, Any] | None) -> None:
     """Write into a call which nodes and tools it is made in: as LangGraph has them, or as whoever wraps those very nodes calls them."""
-    frame = frame_of(watchdog)
     place(call, frame)
     if isinstance(call, ToolCall) and call.inside is not None:
         outer = parts_of(call.inside)

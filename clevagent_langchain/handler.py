@@ -21,7 +21,7 @@ from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
-from clevagent_core.frames import frame_of
+from clevagent_core.frames import Frame, frame_of
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
@@ -159,10 +159,11 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         branch = tracker.branch(parent_run_id)
         name = (serialized or {}).get("name") or kwargs.get("name") or "tool"
         call = ToolCall(tool=name, arguments=inputs if inputs is not None else input_str)
-        put_in_place(call, self.watchdog, metadata)
-        if branch is not None and len(parts_of(branch.tool)) >= len(parts_of(call.inside)):
+        frame = frame_of(self.watchdog)
+        put_in_place(call, frame, metadata)
+        if branch is not None and branch.tool is not None and len(parts_of(branch.tool)) >= len(parts_of(call.inside)):
             call.inside = branch.tool
-        run = self._open(tracker, run_id, branch, call)
+        run = self._open(tracker, run_id, branch, call, frame)
         if run is not None:
             tracker.start(run_id, branch, run, is_root=False, tool=path([*parts_of(call.inside), name]))
 
@@ -265,19 +266,20 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         except Exception:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
             logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
             call = LLMCall(model=model, opaque=True)
-        put_in_place(call, self.watchdog, metadata)
-        if branch is not None and len(parts_of(branch.tool)) >= len(parts_of(call.tool)):
+        frame = frame_of(self.watchdog)
+        put_in_place(call, frame, metadata)
+        if branch is not None and branch.tool is not None and len(parts_of(branch.tool)) >= len(parts_of(call.tool)):
             call.tool = branch.tool
-        self._open(tracker, run_id, branch, call)
+        self._open(tracker, run_id, branch, call, frame)
 
-    def _open(self, tracker: Tracker, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall) -> Run | None:
-        watchdog = self.watchdog
+    def _open(
+        self, tracker: Tracker, run_id: UUID, branch: Branch | None, call: LLMCall | ToolCall, frame: Frame | None
+    ) -> Run | None:
         if not tracker.begin_ticket(run_id):
             return None
         if tracker.size() > _SWEEP:
             tracker.forget_closed()
-        frame = frame_of(watchdog)
-        run: Run = frame.run if frame is not None else branch.run if branch is not None else watchdog.current_run()
+        run: Run = frame.run if frame is not None else branch.run if branch is not None else self.watchdog.current_run()
         ticket: Ticket | None = None
         try:
             ticket = open_in_graph(run, call)

@@ -527,7 +527,7 @@ def _describe(
         config = var_child_runnable_config.get()
         metadata = config.get("metadata") if config else None
     call = guard.dialect.describe(model, messages, kwargs)
-    put_in_place(call, watchdog, metadata)
+    put_in_place(call, frame, metadata)
     return run, call
 
 

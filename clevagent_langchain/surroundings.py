@@ -41,7 +41,7 @@ def register() -> None:
 def inside(run: Run, tool: str | None = None) -> Iterator[None]:
     """Make ``run`` the current one, and ``tool`` the current tool, for every call that is made inside."""
     watchdog, outer_seeing = run.watchdog, _seeing.get()
-    frame = enter(watchdog, run, None if tool is None else Activity("tool", tool), introduces_run=True)
+    frame = enter(watchdog, run, None if tool is None else Activity("tool", tool), begins=True)
     _seeing.set(_ModelCalls(watchdog=watchdog))
     try:
         yield

@@ -8,6 +8,7 @@ from langgraph.prebuilt.tool_node import ToolCallRequest
 
 from clevagent_core.calls import ToolCall
 from clevagent_core.errors import Stopped
+from clevagent_core.frames import frame_of
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 from clevagent_langchain.graphs import put_in_place
@@ -29,7 +30,7 @@ def needs_ticket(request: ToolCallRequest, watchdog: Watchdog) -> bool:
 def call_of(request: ToolCallRequest, watchdog: Watchdog) -> ToolCall:
     """Describe a tool call."""
     call = ToolCall(tool=request.tool_call["name"], arguments=request.tool_call["args"])
-    put_in_place(call, watchdog, request.runtime.config.get("metadata"))
+    put_in_place(call, frame_of(watchdog), request.runtime.config.get("metadata"))
     return call
 
 

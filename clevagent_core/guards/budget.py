@@ -12,7 +12,6 @@ from clevagent_core.accounts import Cover, Deadline, action_of, amounts_of, cove
 from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
 from clevagent_core.calls import Call, LLMCall, Path, Usage
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import wraps_up
 from clevagent_core.guards.messages import deadline_incident, near_deadline_incident, refusal_incident
 from clevagent_core.hookspecs import hookimpl
 from clevagent_core.ledger.account import Hold, Line, Refusal, StaleAccount
@@ -162,7 +161,7 @@ class BudgetGuard:
             amounts,
             expires_at=watchdog.next_expiry(),
             owner=ticket,
-            wrap_up=wraps_up(watchdog),
+            wrap_up=ticket.wraps_up,
             latch=latch,
         )
 
@@ -197,7 +196,7 @@ class BudgetGuard:
         asked = call.max_output_tokens
         floor = call.min_output_tokens if asked is None else min(asked, call.min_output_tokens)
         for _ in range(_CLAMP_ATTEMPTS):
-            fits = self._fits(run, call, found, rates, tokens)
+            fits = self._fits(run, ticket, call, found, rates, tokens)
             limit = asked
             if limit is None:
                 # Nobody asked for a limit: leave room for others, unless little is left for anybody.
@@ -218,7 +217,7 @@ class BudgetGuard:
                 return answer, asked if fits is None else limit
         return self._reserve(run, ticket, found, _amounts(call, rates, tokens, floor)), floor
 
-    def _fits(self, run: Run, call: LLMCall, found: Cover, rates: Rates | None, tokens: int) -> int | None:
+    def _fits(self, run: Run, ticket: Ticket, call: LLMCall, found: Cover, rates: Rates | None, tokens: int) -> int | None:
         """Work out the largest output limit, for each answer, that fits what is free; ``None`` where nothing limits the output."""
         if not found.clamp_units:
             return None
@@ -231,7 +230,7 @@ class BudgetGuard:
                 continue
             balance = run.watchdog.ledger.balance(line.account)
             free = balance.free
-            if wraps_up(run.watchdog):
+            if ticket.wraps_up:
                 free = max(0, balance.ceiling - balance.spent - balance.held)
             if line.unit == USD:
                 if not per_token:
