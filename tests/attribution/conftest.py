@@ -26,6 +26,8 @@ LIMIT = 3
 """How many calls a run may make."""
 TRIES = 6
 """How many it tries."""
+COUNTS = [pytest.param(2, id="two"), pytest.param(5, id="five", marks=pytest.mark.slow)]
+"""How many users there are at once."""
 WAIT_S = 20.0
 """What anything here may take on a machine that has other work to do."""
 
@@ -230,7 +232,7 @@ class Users:
         assert {user: counted(run) for user, run in self.runs.items()} == {user: made.get(user, 0) for user in self.runs}
 
 
-@pytest.fixture(params=[2, 5], ids=["two", "five"])
+@pytest.fixture(params=COUNTS)
 def users(request: pytest.FixtureRequest, caller: Caller) -> Users:
     """Users at once: two, and five."""
     return Users(request.param, caller)
