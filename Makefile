@@ -18,7 +18,7 @@ PEERS_STAMP := $(PEERS)/.installed
 # What runs in an environment depends on the versions in it only here.
 ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples tests/docs tests/cli/test_demo.py
 # What depends on the version of Python most, in less time than all.
-VERSION_BOUND := tests/core tests/ledger tests/heartbeat tests/langchain tests/testing tests/cli
+VERSION_BOUND := tests/core tests/ledger tests/heartbeat tests/langchain tests/attribution tests/testing tests/cli
 PARALLEL := -n auto --dist worksteal
 
 .PHONY: demo test test-fast test-newest test-crewai test-oldest test-versions test-python-3.13 lint install bench bench-instructions \

@@ -267,9 +267,7 @@ def test_a_stream_read_in_another_thread_counts_in_the_run_in_which_it_was_made(
     caller = users.caller
 
     def work(user):
-        streams = []
-        for number in range(LIMIT):
-            streams.append(caller.stream(f"{user} {number}"))
+        streams = [caller.stream(f"{user} {number}") for number in range(LIMIT)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(list, streams))
         with pytest.raises(BudgetExceeded):
@@ -280,10 +278,8 @@ def test_a_stream_read_in_another_thread_counts_in_the_run_in_which_it_was_made(
 
 
 def test_streams_made_in_a_run_never_pass_its_ceiling_however_late_they_are_read(caller):
-    streams = []
     with clevagent.run(budgets=[Budget(llm_calls=LIMIT)]) as run:
-        for _ in range(LIMIT):
-            streams.append(caller.stream("one"))
+        streams = [caller.stream("one") for _ in range(LIMIT)]
         try:
             streams.append(caller.stream("one"))
         except BudgetExceeded:
