@@ -93,7 +93,7 @@ def test_a_thread_is_as_its_maker_left_it(users):
     users.each_in_a_run(work)
 
 
-def test_a_block_opened_in_a_thread_goes_before_the_run_that_started_it(caller):
+def test_a_block_opened_in_a_thread_is_nested_in_the_run_that_started_it(caller):
     def inside():
         with clevagent.run() as nested:
             caller.ask("nested")
@@ -102,7 +102,8 @@ def test_a_block_opened_in_a_thread_goes_before_the_run_that_started_it(caller):
     runs = []
     with clevagent.run() as outer:
         in_threads([inside])
-    assert (counted(runs[0]), counted(outer)) == (1, 0)
+    assert (counted(runs[0]), counted(outer)) == (1, 1)
+    assert runs[0].parent is outer
 
 
 # -- pools of concurrent.futures -------------------------------------------------------------------------------------------
@@ -136,7 +137,8 @@ def test_a_pool_whose_workers_another_run_made_counts_for_the_submitter(caller, 
     with ThreadPoolExecutor(1) as pool:
         with clevagent.run(budgets=[Budget(llm_calls=LIMIT)]) as first:
             assert pool.submit(users.attempt, "first").result(WAIT_S) == "sent"
-            users.each_in_a_run(lambda user: SUBMIT[how](pool, lambda number: users.attempt(user, number)))
+            with clevagent.outside_runs():
+                users.each_in_a_run(lambda user: SUBMIT[how](pool, lambda number: users.attempt(user, number)))
     assert sent(caller.provider) == {"first": 1, "user0": LIMIT}
     assert counted(first) == 1
     assert counted(users.runs["user0"]) == LIMIT
