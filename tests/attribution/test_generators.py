@@ -777,6 +777,24 @@ def test_the_consumer_of_a_decorated_generator_has_its_own_frame(agent, in_loop)
     assert sent(agent.caller.provider) == {"user0": LIMIT, "consumer": TRIES * 3}
 
 
+def test_between_the_steps_a_decorated_generators_run_is_nobody_elses(agent):
+    """It is the only run of the process then, and still no call of its consumer's counts in it."""
+
+    @clevagent.run(budgets=[Budget(llm_calls=LIMIT)])
+    def steps():
+        for number in NUMBERS:
+            yield agent.attempt("user0", number)
+
+    answers = []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in steps():
+            answers.append(agent.attempt("consumer"))
+            answers.append(pool.submit(agent.attempt, "consumer").result(WAIT_S))
+            in_threads([lambda: answers.append(agent.attempt("consumer"))])
+    assert answers == ["sent"] * TRIES * 3
+    assert sent(agent.caller.provider) == {"user0": LIMIT, "consumer": TRIES * 3}
+
+
 def test_a_decorated_generator_is_one_to_whoever_looks():
     """Servers ask which kind a function is before they call it."""
 
