@@ -328,9 +328,7 @@ class Run:
         return Within(lambda: self, "wrap_up")
 
     def activate(self) -> Within:
-        """Make this the run of whatever is called inside, in a thread or task that inherited none: ``with run.activate():``,
-        also ``async with``.
-        """
+        """Make this the run of what is called inside, in a thread or task that inherited none: ``with``, or ``async with``."""
         return Within(lambda: self)
 
     def barred_by(self, incident: Incident) -> Run:
