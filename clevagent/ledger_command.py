@@ -203,7 +203,7 @@ def _plain(record: AccountRecord) -> dict[str, object]:
         "unit": UNITS[balance.key.unit],
         **{name: scale(number) for name, number in amounts.items()},
         "topped_up": scale(record.topped_up),
-        "stopped": balance.latched,
+        "exhausted": balance.is_exhausted,
         "over": record.is_over,
     }
 
@@ -228,14 +228,14 @@ def _print_tables(records: list[AccountRecord], owners: list[OwnerRecord]) -> No
     for record in records:
         balance = record.balance
         spent, held, ceiling = (_amount(record, number) for number in (balance.spent, balance.held, balance.ceiling))
-        state = "over" if record.is_over else "stopped" if balance.latched else "open"
+        state = "over" if record.is_over else "exhausted" if balance.is_exhausted else "open"
         # Text, because names may look like markup.
         table.add_row(
             Text(f"{balance.key.budget}\n  {balance.key.key}"),
             Text(balance.key.window or "-"),
             *(Text(amount.split(" ")[0]) for amount in (spent, held)),
             Text(ceiling.replace(" ", "\n", 1)),
-            Text(state, style="bold red" if state == "stopped" else ""),
+            Text(state, style="bold red" if state == "exhausted" else ""),
         )
     console = Console()
     console.print(table if records else "No account yet: nothing that a budget covers was called.", highlight=False)

@@ -171,6 +171,12 @@ def action_of(run: Run, budget: Budget) -> OnExceed:
     return ruling
 
 
+def stops_run(run: Run, budget: Budget) -> bool:
+    """Tell whether a refusal by ``budget`` stops all that it covers in the run tree of ``run``."""
+    # The process is no piece of work that could be over: there only a ceiling of its own stops what follows.
+    return budget.per == "run" or run.root is not run.watchdog.process_run
+
+
 def accounts_of(run: Run, thread_id: str | None = None, *, lent: bool = False) -> list[tuple[Budget, Account]]:
     """Every account of the budgets in force for ``run``, whatever their filters.
 
@@ -201,7 +207,7 @@ def record(run: Run, call: LLMCall | ToolCall, usage: Usage, cost_pico: int | No
             break
         except StaleAccount:
             continue
-    # Enforced again when it is spent: what is past the ceiling must latch.
+    # Enforced again when it is spent: what is past the ceiling is told as that.
     hold.lines = found.lines  # type: ignore[union-attr]  # lines that are not enforced are never refused
     notices = ledger.settle(hold, amounts_of(call, usage, cost_pico))  # type: ignore[arg-type]  # as above
     tell_notices(run, [*(hold.notices or ()), *notices])  # type: ignore[union-attr]  # as above
@@ -240,7 +246,7 @@ def _open(
             key,
             ceiling=ceiling,
             keep=budget.keep if unit == USD else 0,
-            warn_mark=int(ceiling * budget.warn_at),
+            warn_mark=budget.warn_mark(ceiling),
             ends_at=ends_at,
             # In a forked child the run is its parent's, and goes on when the child has ended; one that is resumed goes on elsewhere.
             is_of_run=is_own and anchor.pid == os.getpid() and not anchor.resumable,

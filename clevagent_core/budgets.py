@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from inspect import iscoroutinefunction
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -156,6 +157,11 @@ class Budget:
         return tuple(
             (index, _ceiling(unit, value)) for index, unit in enumerate(UNITS) if (value := getattr(self, unit)) is not None
         )
+
+    def warn_mark(self, ceiling: int) -> int:
+        """The spending from which on ``ceiling`` is told to be close, exact for any ceiling."""
+        # As the decimal number that it prints as: of 10, 0.8 is 8, not the 9 that the float just above it would make.
+        return math.ceil(Fraction(str(self.warn_at)) * ceiling)
 
     def covers(self, call: Call) -> bool:
         """Tell whether ``call`` counts against this budget."""

@@ -73,10 +73,35 @@ def _stopped(kind: type[Stopped], module: str, name: str, incident: Incident) ->
 
 
 class BudgetExceeded(Stopped):
-    """A budget has no room for this call, nor for any later one until its window rolls over or it is topped up.
+    """A budget has no room for this call. ``reason`` says whether any later one has.
 
     Amounts are in the limit's own unit (``incident.unit``): US dollars, tokens or calls.
     """
+
+    @property
+    def reason(self) -> str:
+        """Why it was refused.
+
+        - ``exhausted``: what is left is too little for it, or its time is over. The run is stopped until the ceiling is raised.
+        - ``latched``: an earlier call of the run was refused as exhausted; whoever swallowed that gets nowhere.
+        - ``too_large``: it alone is larger than the whole ceiling. Nothing else is stopped: a smaller one may go on.
+        - ``busy``: the room is only held by calls in flight (``BudgetBusy``).
+        - ``run_over``: it was made in a run that has ended, whose budgets it would escape.
+        - ``unattributed``: nobody can tell which of the active runs it belongs to, and one of them has a budget.
+        """
+        return str(self.incident.details.get("reason", "exhausted"))
+
+    @property
+    def resets_at(self) -> float | None:
+        """When the budget starts from zero, in seconds since 1970 (UTC); ``None`` where no calendar ends its window."""
+        at = self.incident.details.get("resets_at")
+        return float(at) if isinstance(at, (int, float)) else None
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """How many seconds after the refusal that is; ``None`` too where it would not help, or need not be waited for."""
+        at = self.resets_at
+        return max(0.0, at - self.incident.at) if at is not None and self.reason in {"exhausted", "latched"} else None
 
     @property
     def budget(self) -> str:
@@ -106,6 +131,11 @@ class BudgetExceeded(Stopped):
 
 class BudgetBusy(BudgetExceeded):
     """What is left of a budget is held by calls in flight; the same call may fit once they are settled."""
+
+    @property
+    def reason(self) -> str:
+        """``busy``."""
+        return "busy"
 
 
 class LoopDetected(Stopped):

@@ -22,6 +22,7 @@ from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, RemoteStop, Stopped, UsageError, passing
 from clevagent_core.frames import Within, current_task, frame_of, living
+from clevagent_core.latches import Latches
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.progress import Progress
@@ -30,7 +31,7 @@ from clevagent_core.tickets import Reservation, Ticket, Wait, Work, release_all
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
-    from clevagent_core.ledger.account import Account, AccountKey
+    from clevagent_core.ledger.account import Account, AccountKey, Balance
     from clevagent_core.plugins import Plugins
     from clevagent_core.watchdog import Watchdog
 
@@ -94,6 +95,8 @@ class Run:
         """The accounts whose window is this run."""
         self.used: dict[AccountKey, Account] = {}
         """Every account that a call of this run, or of one nested in it, counted against."""
+        self.latches = Latches()
+        """The accounts that have refused a call of this run tree; kept on its root, and once a nested run is over, its own on itself."""
         self.ceilings: dict[str, int | None] = {}
         """The ceilings of this run that depend on the agent's past, in pico-USD by budget; ``None`` where that is not known yet."""
         self.lent: dict[str, Budget] = {}
@@ -226,17 +229,23 @@ class Run:
     def summary(self) -> RunSummary:
         """Tell what the run has used so far, by model, node and tool, and how its budgets stand."""
         ledger = self.watchdog.ledger
-        return summarize(self, self._tally, [ledger.balance(account) for account in list(self.used.values())])
+        balances = [(account, ledger.balance(account)) for account in list(self.used.values())]
+        return summarize(self, self._tally, [(balance, self.is_latched(account, balance)) for account, balance in balances])
+
+    def is_latched(self, account: Account, balance: Balance) -> bool:
+        """Check whether a budget has refused the run, and was not topped up since. ``balance`` was just read."""
+        return self.root.latches.is_shut(account, balance) or self.latches.is_shut(account, balance)
 
     def remaining(self) -> Remaining:
-        """Tell what the tightest budgets that cover the whole run leave, calls in flight taken off."""
+        """Tell what the tightest budgets that cover the whole run leave it, calls in flight taken off; 0 where one has refused it."""
         left: dict[str, int] = {}
         for budget, account in accounts_of(self):
             if budget.node or budget.tool or budget.model:
                 continue
             balance = self.watchdog.ledger.balance(account)
             unit = UNITS[balance.key.unit]
-            left[unit] = min(left.get(unit, balance.free), balance.free)
+            free = 0 if self.is_latched(account, balance) else balance.free
+            left[unit] = min(left.get(unit, free), free)
         usd = left.pop("usd", None)
         return Remaining(usd=None if usd is None else to_usd(usd), **left)
 
@@ -252,7 +261,7 @@ class Run:
         budget: str | None = None,
         thread_id: str | None = None,
     ) -> None:
-        """Raise a ceiling and open its latch; calls that wait go on.
+        """Raise a ceiling: runs that it has refused go on, and so do calls that wait.
 
         Args:
             usd: by how many US dollars.
@@ -381,8 +390,16 @@ class Run:
             if run is not self:
                 for key in list(self.accounts):
                     run.used.pop(key, None)
+        if self.parent is not None and self.root.latches:
+            self._take_latches()
         self.watchdog.run_is_over(self, summary)
         return summary
+
+    def _take_latches(self) -> None:
+        for key in list(self.accounts):
+            found = self.root.latches.pop(key, None)
+            if found is not None:
+                self.latches[key] = found
 
     def __str__(self) -> str:
         """Write the summary."""

@@ -40,6 +40,7 @@ class BudgetState:
     spent: float
     held: float
     latched: bool
+    """Whether it has refused a call of this run, which stops the run until the ceiling is raised. Others may go on."""
 
     @property
     def overshoot(self) -> float:
@@ -200,9 +201,9 @@ def _add(table: dict[str, list[int]], name: str, count: int, cost: int, input_to
     row[3] += output_tokens
 
 
-def summarize(run: Run, tally: Tally, balances: Sequence[Balance]) -> RunSummary:
+def summarize(run: Run, tally: Tally, balances: Sequence[tuple[Balance, bool]]) -> RunSummary:
     """Put together what a run has used and how its budgets stand."""
-    states = tuple(_state(balance) for balance in balances)
+    states = tuple(_state(balance, is_latched) for balance, is_latched in balances)
     with tally.lock:
         return RunSummary(
             run_id=run.run_id,
@@ -229,7 +230,7 @@ def _spend(row: list[int]) -> Spend:
     return Spend(calls=row[0], cost_usd=to_usd(row[1]), input_tokens=row[2], output_tokens=row[3])
 
 
-def _state(balance: Balance) -> BudgetState:
+def _state(balance: Balance, is_latched: bool) -> BudgetState:  # noqa: FBT001 - one fact beside the balance
     key = balance.key
     scale: Callable[[int], float] = to_usd if key.unit == USD else float
     return BudgetState(
@@ -240,7 +241,7 @@ def _state(balance: Balance) -> BudgetState:
         ceiling=scale(balance.ceiling),
         spent=scale(balance.spent),
         held=scale(balance.held),
-        latched=balance.latched,
+        latched=is_latched,
     )
 
 

@@ -23,12 +23,17 @@ def why(incident: Incident) -> str:
         return f"it repeats itself without anything new: {_round(incident)}"
     if incident.budget is None or incident.unit is None:
         return incident.message.rstrip(".")
-    amounts = [amount for amount in (incident.spent, incident.ceiling) if amount is not None]
+    if incident.details.get("reason") == "too_large":
+        amounts = _amounts(incident, incident.needed, incident.ceiling)
+        return f"one request is larger than the whole budget {incident.budget!r} ({amounts})"
+    return f"the budget {incident.budget!r} is used up ({_amounts(incident, incident.spent, incident.ceiling)})"
+
+
+def _amounts(incident: Incident, *given: float | None) -> str:
+    amounts = [amount for amount in given if amount is not None]
     if incident.unit == "usd":
-        spent = " of ".join(format_usd(to_pico(amount, what="usd")) for amount in amounts)
-    else:
-        spent = f"{' of '.join(f'{amount:,.0f}' for amount in amounts)} {incident.unit.replace('_', ' ')}"
-    return f"the budget {incident.budget!r} is used up ({spent})"
+        return " of ".join(format_usd(to_pico(amount, what="usd")) for amount in amounts)
+    return f"{' of '.join(f'{amount:,.0f}' for amount in amounts)} {str(incident.unit).replace('_', ' ')}"
 
 
 def note_on_loop(incident: Incident) -> str:

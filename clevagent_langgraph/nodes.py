@@ -24,6 +24,7 @@ from clevagent_core.calls import LLMCall, Step
 from clevagent_core.errors import UsageError
 from clevagent_core.frames import Activity, enter, leave, wraps_up
 from clevagent_core.guards.messages import exhausted_incident
+from clevagent_core.ledger.account import Refusal
 from clevagent_langchain.graphs import nodes_of
 from clevagent_langgraph.stops import bubbling
 
@@ -362,8 +363,11 @@ class _Execution:
             if not line.enforced or budget not in node.budgets or callable(action_of(run, budget)):
                 continue
             balance = watchdog.ledger.balance(line.account)
-            if balance.latched or (line.unit != TOOL_CALLS and balance.spent >= balance.ceiling - balance.keep):
+            was_refused = run.is_latched(line.account, balance)
+            if was_refused or (line.unit != TOOL_CALLS and balance.is_exhausted):
                 # Where only tool calls are used up, models may still answer; where models are, nothing goes on.
-                incident = exhausted_incident(run, node.name, balance, budget)
+                incident = exhausted_incident(
+                    run, node.name, Refusal(line, balance, 0, "latched" if was_refused else "exhausted"), budget
+                )
                 watchdog.tell_once(incident, key=("node", balance.key, balance.ceiling))
                 raise run.refused(incident)

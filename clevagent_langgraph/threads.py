@@ -37,7 +37,7 @@ def stopped(graph: Any, config: Mapping[str, Any] | None = None) -> Incident | N
 
 
 def top_up(graph: Any, config: Mapping[str, Any], *, budget: str | None = None, **amounts: Any) -> None:
-    """Raise a ceiling of a guarded graph's thread and open its latch: ``graph.invoke(None, config)`` then goes on.
+    """Raise a ceiling of a guarded graph's thread: ``graph.invoke(None, config)`` then goes on.
 
     Args:
         graph: what ``clevagent.guard`` gave.

@@ -82,9 +82,7 @@ def _read(path: Path, refused: int) -> GuardedAct:
     finally:
         file.close()
     (balance,) = [record.balance for record in records if record.balance.key.budget == BUDGET]
-    return GuardedAct(
-        ledger_pico=balance.spent, held_pico=balance.held, refused=refused, stopped_by="ceiling" if balance.latched else None
-    )
+    return GuardedAct(ledger_pico=balance.spent, held_pico=balance.held, refused=refused, stopped_by="ceiling" if refused else None)
 
 
 def _await(provider: LoopbackProvider, count: int) -> None:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clevagent_core.accounts import Cover, Deadline, action_of, amounts_of, cover, tell_notices
+from clevagent_core.accounts import Cover, Deadline, action_of, amounts_of, cover, stops_run, tell_notices
 from clevagent_core.budgets import INPUT_TOKENS, TOKENS, USD, Amounts, Budget
 from clevagent_core.calls import Call, LLMCall, Path, Usage
 from clevagent_core.errors import UsageError
@@ -152,8 +152,12 @@ class BudgetGuard:
             found = memo[key] = cover(run, call, extra)
         return found
 
-    def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts, *, latch: bool = True) -> Hold | Refusal:
+    def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Hold | Refusal:
         watchdog = run.watchdog
+        if run.root.latches:
+            refusal = self._latched(run, ticket, found, amounts)
+            if refusal is not None:
+                return refusal
         if watchdog.unrecorded:
             watchdog.record_waiting()
         return watchdog.ledger.reserve(
@@ -162,8 +166,19 @@ class BudgetGuard:
             expires_at=watchdog.next_expiry(),
             owner=ticket,
             wrap_up=ticket.wraps_up,
-            latch=latch,
         )
+
+    def _latched(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Refusal | None:
+        """Refuse what a budget covers that has refused this run before, whoever swallowed that."""
+        if ticket.wraps_up:
+            return None
+        for line in found.lines:
+            account = line.account
+            if line.enforced and account.key in run.root.latches and not account.closed:
+                balance = run.watchdog.ledger.balance(account)
+                if run.root.latches.is_shut(account, balance):
+                    return Refusal(line, balance, amounts[line.unit], "latched")
+        return None
 
     def _reserve_llm(self, run: Run, ticket: Ticket, call: LLMCall, found: Cover) -> tuple[Hold | Refusal, int | None]:
         rates = ticket.rates
@@ -184,9 +199,9 @@ class BudgetGuard:
             output = self._assumed(run, call) if limit is None else limit
             return self._reserve(run, ticket, found, _amounts(call, rates, tokens, output)), None
         if limit is not None:
-            # The usual case: everything that was asked for still fits. If not, less may: only the last attempt latches.
-            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit), latch=False)
-            if isinstance(answer, Hold):
+            # The usual case: everything that was asked for still fits. If not, less may.
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            if isinstance(answer, Hold) or answer.reason == "latched":
                 return answer, call.max_output_tokens
         return self._clamp(run, ticket, call, found, rates, tokens)
 
@@ -211,8 +226,8 @@ class BudgetGuard:
                 limit = min(limit, fits)
             if limit < floor:
                 break
-            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit), latch=False)
-            if isinstance(answer, Hold):
+            answer = self._reserve(run, ticket, found, _amounts(call, rates, tokens, limit))
+            if isinstance(answer, Hold) or answer.reason == "latched":
                 # Where nothing limits the output, none is sent that was not asked for.
                 return answer, asked if fits is None else limit
         return self._reserve(run, ticket, found, _amounts(call, rates, tokens, floor)), floor
@@ -268,10 +283,12 @@ class BudgetGuard:
         """Turn a refusal into the answer; tell whether to try again because the user's callable made room."""
         budget = found.budgets[found.lines.index(refusal.line)]
         incident = refusal_incident(run, call, refusal, budget)
-        if refusal.busy:
+        if refusal.reason == "busy":
             return Stop(incident=incident), False
-        if refusal.first:
+        if refusal.reason != "latched" and run.watchdog.ledger.is_news(refusal):
             run.watchdog.tell(incident)
+        if refusal.reason == "exhausted" and stops_run(run, budget):
+            run.root.latches.shut(refusal)
         action = action_of(run, budget)
         if not callable(action):
             return Stop(incident=incident), False
@@ -284,7 +301,7 @@ class BudgetGuard:
             wanted = action(incident)
         except Exception as error:
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
-            return Stop(incident=replace(incident, details={"error": repr(error)})), False
+            return Stop(incident=replace(incident, details={**incident.details, "error": repr(error)})), False
         finally:
             _is_asking.reset(token)
         if wanted == "warn":

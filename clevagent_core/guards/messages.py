@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clevagent_core.accounts import Deadline, action_of
+from clevagent_core.accounts import Deadline, action_of, stops_run
 from clevagent_core.budgets import GRACEFUL, UNITS, USD, Budget
 from clevagent_core.calls import Call, LLMCall, Step
 from clevagent_core.clock import utc
@@ -27,7 +27,15 @@ def _show(balance: Balance) -> Callable[[int], str]:
     return lambda amount: f"{amount:,} {unit.removesuffix('s') if amount == 1 else unit}"
 
 
-def _incident(run: Run, kind: str, message: str, action: str, balance: Balance, needed: int | None) -> Incident:
+def _incident(
+    run: Run,
+    kind: str,
+    message: str,
+    action: str,
+    balance: Balance,
+    needed: int | None,
+    details: dict[str, object] | None = None,
+) -> Incident:
     scale: Callable[[int], float] = to_usd if balance.key.unit == USD else float
     return Incident(
         kind=kind,
@@ -44,14 +52,28 @@ def _incident(run: Run, kind: str, message: str, action: str, balance: Balance, 
         held=scale(balance.held),
         needed=None if needed is None else scale(needed),
         ceiling=scale(balance.ceiling),
+        details=details or {},
     )
 
 
+def _refused(run: Run, kind: str, message: str, refusal: Refusal, budget: Budget) -> Incident:
+    account = refusal.line.account
+    details: dict[str, object] = {"reason": refusal.reason}
+    if account.key.window:  # a calendar ends it
+        details["resets_at"] = account.ends_at
+    return _incident(run, kind, message, _graceful(run, budget), refusal.balance, refusal.needed, details)
+
+
+def _whose(balance: Balance) -> str:
+    if balance.key.key == "all":
+        return ""
+    return f" ({balance.key.key}{', ' + balance.key.window if balance.key.window else ''})"
+
+
 def _account(balance: Balance, show: Callable[[int], str]) -> str:
-    where = f" ({balance.key.key}{', ' + balance.key.window if balance.key.window else ''})" if balance.key.key != "all" else ""
     kept = f", of which {show(balance.keep)} is kept for wrap_up()" if balance.keep else ""
     return (
-        f"the budget {balance.key.budget!r}{where} has spent {show(balance.spent)} of {show(balance.ceiling)}{kept}, "
+        f"the budget {balance.key.budget!r}{_whose(balance)} has spent {show(balance.spent)} of {show(balance.ceiling)}{kept}, "
         f"and calls in flight hold {show(balance.held)}"
     )
 
@@ -61,28 +83,44 @@ def refusal_incident(run: Run, call: Call, refusal: Refusal, budget: Budget) -> 
     balance = refusal.balance
     show = _show(balance)
     what = f"model call to {call.model!r}" if isinstance(call, LLMCall) else f"call of the tool {call.tool!r}"
-    could = f"It could cost up to {show(refusal.needed)}" if refusal.needed else "It adds nothing"
-    if not refusal.busy and not refusal.first:
-        could = "An earlier call did not fit and stopped this budget"
+    if refusal.reason == "too_large":
+        return _refused(run, "budget", f"A {what} was refused before it was sent. {_too_large(call, refusal)}", refusal, budget)
+    could = f"It could cost up to {show(refusal.needed)}"
+    if refusal.reason == "latched":
+        could = "An earlier call of this run did not fit, which stopped the run"
         could += f"; this one could cost up to {show(refusal.needed)}" if refusal.needed else ""
-    if refusal.busy:
+    if refusal.reason == "busy":
         message = (
             f"A {what} was refused before it was sent. {could}, and {_account(balance, show)}. The room is only held: the same call "
             f"may fit once those are settled. Try again later, make fewer calls at once, or let calls wait longer "
             f"(wait_s is {run.watchdog.settings.wait_s:g} s; on an event loop only guard(model) and `async with` blocks wait)."
         )
-        return _incident(run, "busy", message, _graceful(run, budget), balance, refusal.needed)
-    until = {
-        "run": "for the rest of this run",
-        "thread": "for the rest of this conversation",
-        "lifetime": "from now on",
-    }.get(budget.per, f"until this {budget.per} is over (UTC)")
+        return _refused(run, "busy", message, refusal, budget)
+    stops = stops_run(run, budget)
+    means = "Everything this budget covers is refused for the rest of this run" if stops else "What does not fit is refused"
+    until = f"; it starts from zero when this {budget.per} is over (UTC)" if balance.key.window else ""
     message = (
         f"A {what} was refused before it was sent. {could}, and {_account(balance, show)}. "
-        f"Everything this budget covers is refused {until}. To go on, raise the ceiling with run.top_up(...); "
+        f"{means}{until}. To go on, raise the ceiling with run.top_up(...); "
         "print(run) tells where the money went."
     )
-    return _incident(run, "budget", message, _graceful(run, budget), balance, refusal.needed)
+    return _refused(run, "budget", message, refusal, budget)
+
+
+def _too_large(call: Call, refusal: Refusal) -> str:
+    balance = refusal.balance
+    show = _show(balance)
+    kept = f", of which {show(balance.keep)} is kept for wrap_up()" if balance.keep else ""
+    why = ""
+    if isinstance(call, LLMCall) and call.opaque:
+        why = (
+            " (the tokens of an image, a file or a stored prompt are not known before, so the model's whole context window counts)"
+        )
+    return (
+        f"It alone could cost up to {show(refusal.needed)}{why}. That is more than the whole ceiling of the budget "
+        f"{balance.key.budget!r}{_whose(balance)}: {show(balance.ceiling)}{kept}. Only this request is refused: nothing else is stopped by it. Send a smaller request, or a "
+        "lower output limit; or give the budget a larger ceiling (run.top_up(...) raises it)."
+    )
 
 
 def deadline_incident(run: Run, deadline: Deadline, call: Call | None) -> Incident:
@@ -115,6 +153,7 @@ def deadline_incident(run: Run, deadline: Deadline, call: Call | None) -> Incide
         held=0.0,
         needed=0.0,
         ceiling=float(seconds),
+        details={"reason": "exhausted"} if call is not None else {},
     )
 
 
@@ -141,13 +180,14 @@ def learning_incident(run: Run, budget: Budget) -> Incident:
     )
 
 
-def exhausted_incident(run: Run, node: str, balance: Balance, budget: Budget) -> Incident:
-    """Say why a node was not started: nothing is left of its own ceiling."""
+def exhausted_incident(run: Run, node: str, refusal: Refusal, budget: Budget) -> Incident:
+    """Say why a node was not started: nothing is left of its own ceiling, or it has refused this run."""
+    balance = refusal.balance
     message = (
         f"The node {node!r} was not started: {_account(balance, _show(balance))}, so its calls would be refused. To go on, raise the "
         "ceiling with run.top_up(...); print(run) tells where the money went."
     )
-    return _incident(run, "budget", message, _graceful(run, budget), balance, 0)
+    return _refused(run, "budget", message, refusal, budget)
 
 
 def _graceful(run: Run, budget: Budget) -> str:
@@ -167,9 +207,9 @@ def notice_incident(run: Run, notice: Notice) -> Incident:
         f"A ceiling was passed, or will be if calls in flight cost what they may, by {show(max(over, 0))}: "
         f"{_account(balance, show)}. "
         + (
-            "What the provider billed is recorded, and every later call is refused. A call cost more than could be known before "
+            "What the provider billed is recorded, and calls that would add to it are refused. A call cost more than could be known before "
             "it was sent: give an output limit, or use clevagent.guard(model), which sends one."
-            if balance.latched
+            if notice.enforced
             else "Nothing is stopped, because "
             + ("this is a dry run." if run.dry_run else "this budget only warns (on_exceed='warn').")
         )

@@ -41,9 +41,9 @@ class Account:
         "held",
         "keep",
         "key",
-        "latched",
         "spent",
         "told",
+        "told_too_large",
         "warn_mark",
         "warned",
     )
@@ -57,11 +57,12 @@ class Account:
         self.keep = keep
         self.spent = 0
         self.held = 0
-        self.latched = False
         self.closed = False
         """Taken out of the ledger: what still names it must look it up again."""
         self.told = False
-        """Whether observers heard of the refusal (or, where it is not enforced, of the excess)."""
+        """Whether observers heard that it is used up; false again once it was topped up, or reset."""
+        self.told_too_large = 0
+        """The ceiling of which this process was told that one call is larger than all of it."""
         self.warned = False
         self.warn_mark = warn_mark
         self.ends_at = ends_at
@@ -86,12 +87,16 @@ class Balance:
     keep: int
     spent: int
     held: int
-    latched: bool
 
     @property
     def free(self) -> int:
-        """What a call may still reserve; never negative, and 0 while the account is latched."""
-        return 0 if self.latched else max(0, self.ceiling - self.keep - self.spent - self.held)
+        """What a call may still reserve; never negative."""
+        return max(0, self.ceiling - self.keep - self.spent - self.held)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing is left, but for a wrap-up."""
+        return self.spent >= self.ceiling - self.keep
 
 
 class Refusal(NamedTuple):
@@ -101,10 +106,9 @@ class Refusal(NamedTuple):
     balance: Balance
     """The account that had no room, as it was at that moment."""
     needed: int
-    busy: bool
-    """True when the room is merely held by calls in flight; the account is then not latched."""
-    first: bool
-    """True when this refusal is the first of its account since the latch was last open."""
+    reason: Literal["exhausted", "too_large", "busy", "latched"]
+    """Why: what is left is too little; the call is larger than the whole ceiling; the room is merely held by calls in flight; or the
+    run was refused before, which its root knows (``Run.latches``), not the ledger."""
 
 
 class Notice(NamedTuple):
@@ -112,6 +116,8 @@ class Notice(NamedTuple):
 
     kind: Literal["warning", "overshoot"]
     balance: Balance
+    enforced: bool
+    """Whether calls that do not fit are refused."""
 
 
 def other_ceiling_message(account: Account, ceiling: int, keep: int) -> str:
@@ -132,11 +138,11 @@ def _show(key: AccountKey, ceiling: int, keep: int) -> str:
 
 def balance_of(account: Account) -> Balance:
     """Read what the record says. Under the ledger's lock."""
-    return Balance(account.key, account.ceiling, account.keep, account.spent, account.held, account.latched)
+    return Balance(account.key, account.ceiling, account.keep, account.spent, account.held)
 
 
-def refusal_of(lines: Sequence[Line], amounts: Amounts, *, wrap_up: bool, latch: bool) -> Refusal | None:
-    """Tell which account has no room for ``amounts``, and latch it. Under the ledger's lock. See ``Ledger.reserve``.
+def refusal_of(lines: Sequence[Line], amounts: Amounts, *, wrap_up: bool) -> Refusal | None:
+    """Tell which account has no room for ``amounts``. Under the ledger's lock. See ``Ledger.reserve``.
 
     Raises:
         StaleAccount: one of the accounts was taken out of the ledger.
@@ -147,33 +153,31 @@ def refusal_of(lines: Sequence[Line], amounts: Amounts, *, wrap_up: bool, latch:
         account, unit, enforced = line
         if account.closed:
             raise StaleAccount(account.key)
-        if not enforced:
-            continue
         needed = amounts[unit]
-        total = account.spent + needed
-        if wrap_up:
-            room = account.ceiling
-            if not needed or total + account.held <= room:
-                continue
-        elif account.latched:
-            return _exhausted(line, needed, latch=latch)
-        else:
-            room = account.ceiling - account.keep
-            # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
-            if not needed or total + account.held <= room:
-                continue
-        if total > room:
-            return _exhausted(line, needed, latch=latch)
-        busy = busy or Refusal(line, balance_of(account), needed, busy=True, first=False)
+        # What a call does not use, it cannot pass: a ceiling that usage has overshot refuses only what adds to it.
+        if not enforced or not needed:
+            continue
+        room = account.ceiling if wrap_up else account.ceiling - account.keep
+        spent = account.spent
+        if spent + account.held + needed <= room:
+            continue
+        if spent + needed > room:
+            # Where nothing is left at all, the size of the call makes no difference.
+            reason: Literal["exhausted", "too_large"] = "too_large" if needed > room > spent else "exhausted"
+            return Refusal(line, balance_of(account), needed, reason)
+        busy = busy or Refusal(line, balance_of(account), needed, "busy")
     return busy
 
 
-def _exhausted(line: Line, needed: int, *, latch: bool) -> Refusal:
-    account = line.account
-    first = latch and not account.told
-    if latch:
-        account.told = account.latched = True
-    return Refusal(line, balance_of(account), needed, busy=False, first=first)
+def note_told(refusal: Refusal) -> bool:
+    """Take note that a refusal is told, and answer whether that is news. Under the ledger's lock. See ``Ledger.is_news``."""
+    account, ceiling = refusal.line.account, refusal.balance.ceiling
+    if refusal.reason == "too_large":
+        was_told = account.told_too_large == ceiling
+        account.told_too_large = ceiling
+    else:
+        was_told, account.told = account.told, True
+    return not was_told
 
 
 def holding_notice(line: Line) -> Notice | None:
@@ -182,20 +186,21 @@ def holding_notice(line: Line) -> Notice | None:
     if line.enforced or account.told or account.spent + account.held <= account.ceiling:
         return None
     account.told = True
-    return Notice("overshoot", balance_of(account))
+    return Notice("overshoot", balance_of(account), enforced=False)
 
 
-def spending_notices(line: Line) -> list[Notice]:
-    """Tell, once, that an account crossed its warning mark or its ceiling; latch what passed it. After the spending was added."""
+def spending_notices(line: Line, added: int) -> list[Notice]:
+    """Tell, once, that an account crossed its warning mark or its ceiling. After the spending was ``added``."""
     account, _, enforced = line
     notices: list[Notice] = []
     if account.spent >= account.warn_mark and not account.warned:
         account.warned = True
-        notices.append(Notice("warning", balance_of(account)))
-    if account.spent > account.ceiling and not (account.latched if enforced else account.told):
+        notices.append(Notice("warning", balance_of(account), enforced))
+    # That something was refused is another thing than that more was billed than the ceiling.
+    is_news = not account.told or (enforced and account.spent - added <= account.ceiling)
+    if account.spent > account.ceiling and is_news:
         account.told = True
-        account.latched = account.latched or enforced
-        notices.append(Notice("overshoot", balance_of(account)))
+        notices.append(Notice("overshoot", balance_of(account), enforced))
     return notices
 
 
@@ -292,22 +297,24 @@ class Ledger(Protocol):
         expires_at: float,
         owner: object,
         wrap_up: bool = False,
-        latch: bool = True,
     ) -> Hold | Refusal:
-        """Hold ``amounts`` on every line, or on none.
+        """Hold ``amounts`` on every line, or on none. A refusal leaves nothing behind.
 
         Args:
             lines: the accounts; an account that has no room refuses, unless its line is not enforced.
             amounts: what the call could cost at most.
             expires_at: when (monotonic seconds) an open hold is charged, because nobody can tell any more what became of it.
             owner: kept on the hold.
-            wrap_up: may use what accounts keep back, and passes their latch.
-            latch: whether an account without room latches. Not for a caller that tries again with less.
+            wrap_up: may use what accounts keep back.
 
         Raises:
             StaleAccount: look the lines up again.
 
         """
+        ...
+
+    def is_news(self, refusal: Refusal) -> bool:
+        """Take note that a refusal is told, and answer whether it is the first of its account since that was topped up or reset."""
         ...
 
     def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
@@ -335,7 +342,7 @@ class Ledger(Protocol):
         ...
 
     def top_up(self, account: Account, amount: int) -> Balance:
-        """Raise the ceiling by ``amount`` and open the latch."""
+        """Raise the ceiling by ``amount``; what is refused or close to the ceiling then is news again."""
         ...
 
     def balance(self, account: Account) -> Balance:

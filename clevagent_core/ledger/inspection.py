@@ -66,7 +66,7 @@ class LedgerFile:
     def accounts(self, now: float) -> list[AccountRecord]:
         """Read every account, by budget, key and window; ``now`` in seconds since 1970."""
         rows = self._database.read(
-            "SELECT id, budget, unit, key, window, granted, ceiling, keep, spent, held, latched, ends_at <= ? OR over_at IS NOT NULL "
+            "SELECT id, budget, unit, key, window, granted, ceiling, keep, spent, held, ends_at <= ? OR over_at IS NOT NULL "
             "FROM account ORDER BY budget, key, window, unit",
             (now,),
         )
@@ -80,7 +80,7 @@ class LedgerFile:
         return [_owner(self._database.path, *row) for row in rows]
 
     def top_up(self, record: AccountRecord, amount: int) -> int:
-        """Raise a ceiling by ``amount`` (in the account's unit) and open its latch. Gives the new ceiling.
+        """Raise a ceiling by ``amount`` (in the account's unit): runs that were refused go on. Gives the new ceiling.
 
         Raises:
             UsageError: it would be more than a ledger can hold, or the account has ended meanwhile.
@@ -99,17 +99,17 @@ class LedgerFile:
                     f"The ceiling of {record.balance.key.budget!r} would be more than a ledger can hold (64 bits: "
                     f"${MAX_PICO / PICO_PER_USD:,.0f}, or {MAX_PICO:,} tokens or calls), so nothing was changed. Give a smaller amount."
                 )
-            execute("UPDATE account SET ceiling = ?, latched = 0, told = 0, warned = 0 WHERE id = ?", (ceiling, record.id))
+            execute("UPDATE account SET ceiling = ?, told = 0, warned = 0 WHERE id = ?", (ceiling, record.id))
         return ceiling
 
     def reset(self, record: AccountRecord) -> bool:
-        """Start an account from zero: nothing spent, nothing topped up, the latch open. What calls in flight hold stays held.
+        """Start an account from zero: nothing spent, nothing topped up, and runs that were refused go on. What calls in flight hold stays held.
 
         Tells whether it was still open.
         """
         with self._database.transaction() as execute:
             changed = execute(
-                "UPDATE account SET spent = 0, ceiling = granted, latched = 0, told = 0, warned = 0 WHERE id = ? AND over_at IS NULL",
+                "UPDATE account SET spent = 0, ceiling = granted, told = 0, warned = 0 WHERE id = ? AND over_at IS NULL",
                 (record.id,),
             )
             return bool(changed.rowcount)
@@ -155,11 +155,11 @@ def _what_there_is(open_now: list[AccountRecord], budget: str) -> str:
 
 def _record(  # one row, in the order of the statement above
     id_: int, budget: str, unit: int, key: str, window: str, granted: int, ceiling: int, keep: int, spent: int, held: int,
-    latched: int, over: int | None,
+    over: int | None,
 ) -> AccountRecord:  # fmt: skip
     return AccountRecord(
         id=id_,
-        balance=Balance(AccountKey(budget, unit, key, window), ceiling, keep, spent, held, bool(latched)),
+        balance=Balance(AccountKey(budget, unit, key, window), ceiling, keep, spent, held),
         topped_up=ceiling - granted,
         is_over=bool(over),
     )

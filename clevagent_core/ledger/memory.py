@@ -24,6 +24,7 @@ from clevagent_core.ledger.account import (
     Refusal,
     balance_of,
     holding_notice,
+    note_told,
     other_ceiling_message,
     refusal_of,
     spending_notices,
@@ -78,13 +79,12 @@ class MemoryLedger:
         expires_at: float,
         owner: object,
         wrap_up: bool = False,
-        latch: bool = True,
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         with self._lock:
             is_plain = not wrap_up and _fit_plainly(lines, amounts)
             if not is_plain:
-                refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=latch)
+                refusal = refusal_of(lines, amounts, wrap_up=wrap_up)
                 if refusal is not None:
                     return refusal
             hold = Hold(lines, amounts, expires_at, owner)
@@ -94,6 +94,11 @@ class MemoryLedger:
                 hold.notices = _holding_notices(lines)
             self._holds[hold] = None
             return hold
+
+    def is_news(self, refusal: Refusal) -> bool:
+        """See :meth:`Ledger.is_news`."""
+        with self._lock:
+            return note_told(refusal)
 
     def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         """See :meth:`Ledger.settle`."""
@@ -144,7 +149,7 @@ class MemoryLedger:
         """See :meth:`Ledger.top_up`."""
         with self._lock:
             account.ceiling += amount
-            account.latched = account.told = account.warned = False
+            account.told = account.warned = False
             balance = balance_of(account)
         self.changes.notify()
         return balance
@@ -200,9 +205,10 @@ class MemoryLedger:
         for line in hold.lines:
             account, unit, _ = line
             account.held -= held[unit]
-            account.spent = spent = account.spent + amounts[unit] - before[unit]
+            added = amounts[unit] - before[unit]
+            account.spent = spent = account.spent + added
             if spent >= account.warn_mark or spent > account.ceiling:
-                notices += spending_notices(line)
+                notices += spending_notices(line, added)
         hold.charged = amounts
         return notices
 
@@ -220,7 +226,7 @@ def _fit_plainly(lines: Sequence[Line], amounts: Amounts) -> bool:
     """Check the ordinary case at a fraction of the cost: there is room on every account, and none needs a closer look."""
     for account, unit, enforced in lines:
         room = account.ceiling - account.keep - account.spent - account.held
-        if amounts[unit] > room or account.latched or account.closed or not enforced:
+        if amounts[unit] > room or account.closed or not enforced:
             return False
     return True
 
@@ -235,7 +241,7 @@ def _evictable(accounts: Iterable[Account], wall: float) -> list[Account]:
 
 
 def _is_evictable(account: Account, wall: float) -> bool:
-    untouched = account.spent == 0 and not account.latched and account.ceiling == account.granted
+    untouched = account.spent == 0 and account.ceiling == account.granted
     return account.held == 0 and (account.ends_at <= wall or untouched)
 
 

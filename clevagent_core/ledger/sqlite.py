@@ -36,6 +36,7 @@ from clevagent_core.ledger.account import (
     Refusal,
     balance_of,
     holding_notice,
+    note_told,
     other_ceiling_message,
     refusal_of,
     spending_notices,
@@ -54,6 +55,7 @@ from clevagent_core.ledger.statements import (
     MOST,
     REMEMBER,
     SAMPLES,
+    TELL,
     TOP_UP,
     reserve_sql,
     select_sql,
@@ -98,6 +100,7 @@ class _Closing(NamedTuple):
 
     hold: SqliteHold
     was: str
+    becomes: str
     charged: Amounts | None
     amounts: Amounts
 
@@ -188,7 +191,6 @@ class SqliteLedger:
         expires_at: float,
         owner: object,
         wrap_up: bool = False,
-        latch: bool = True,
     ) -> Hold | Refusal:
         """See :meth:`Ledger.reserve`."""
         if max(amounts) > MOST:
@@ -207,7 +209,7 @@ class SqliteLedger:
                         # Some of them were held; this one goes the long way.
                         execute("ROLLBACK")
                         execute("BEGIN IMMEDIATE")
-                    refusal = self._hold_or_refuse(execute, hold, wrap_up=wrap_up, latch=latch)
+                    refusal = self._hold_or_refuse(execute, hold, wrap_up=wrap_up)
                     if refusal is not None:
                         return refusal
                 self._last_hold += 1
@@ -215,6 +217,16 @@ class SqliteLedger:
                 execute(INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
             self._holds[hold] = None
         return hold
+
+    def is_news(self, refusal: Refusal) -> bool:
+        """See :meth:`Ledger.is_news`. Of a call that is too large, each process is told."""
+        account: Any = refusal.line.account
+        with self._database.lock:
+            is_news = note_told(refusal)
+            if not is_news or refusal.reason == "too_large":
+                return is_news
+            with self._database.transaction() as execute:
+                return bool(execute(TELL, (account.id,)).rowcount)
 
     def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         """See :meth:`Ledger.settle`."""
@@ -271,7 +283,7 @@ class SqliteLedger:
                         # Of a run that was forked: no process's end is its end.
                         execute("UPDATE account SET owner = NULL WHERE id = ?", (account.id,))
                     if (granted, kept) != (ceiling, keep):
-                        execute(CHANGE_CEILING, (ceiling, granted, ceiling, keep, warn_mark, ceiling, granted, account.id))
+                        execute(CHANGE_CEILING, (ceiling, granted, ceiling, keep, warn_mark, account.id))
                         logger.warning("%s", _changed_message(account, granted))
                 self._load(execute, [account])
             self._accounts[key] = account
@@ -286,7 +298,7 @@ class SqliteLedger:
             self._load(execute, [account])
             if account.closed:
                 account.ceiling += amount
-                account.latched = account.told = account.warned = False
+                account.told = account.warned = False
             balance = balance_of(account)
         self.changes.notify()
         return balance
@@ -356,19 +368,16 @@ class SqliteLedger:
 
     # -- inside: holds ----------------------------------------------------------------------------------------------------
 
-    def _hold_or_refuse(self, execute: Execute, hold: SqliteHold, *, wrap_up: bool, latch: bool) -> Refusal | None:
+    def _hold_or_refuse(self, execute: Execute, hold: SqliteHold, *, wrap_up: bool) -> Refusal | None:
         """Decide by what the accounts say, and hold if there is room everywhere. The long way: every line is looked at."""
         lines, amounts = hold.lines, hold.amounts
         accounts = [line.account for line in lines]
         self._load(execute, accounts)
-        refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=False)
+        refusal = refusal_of(lines, amounts, wrap_up=wrap_up)
         if refusal is not None and self._bury_dead(execute):
             self._load(execute, accounts)
-            refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=False)
+            refusal = refusal_of(lines, amounts, wrap_up=wrap_up)
         if refusal is not None:
-            if latch:
-                refusal = refusal_of(lines, amounts, wrap_up=wrap_up, latch=True)
-                self._save_marks(execute, accounts)
             return refusal
         for line in lines:
             account: Any = line.account
@@ -388,7 +397,7 @@ class SqliteLedger:
             self._holds.pop(hold, None)
             if max(amounts) > MOST:
                 amounts = _at_most(amounts)
-            self._closing.append(_Closing(hold, hold.state, hold.charged, amounts))
+            self._closing.append(_Closing(hold, hold.state, state, hold.charged, amounts))
             hold.state, hold.charged = state, None if state == "released" else amounts
             if self._database.is_inside:
                 # The garbage collector's, in the middle of a transaction, whose end takes care of it.
@@ -459,10 +468,12 @@ class SqliteLedger:
         notices = []
         for line in lines:
             account = line.account
+            added = spent[line.unit]
             if account.closed:
-                account.spent += spent[line.unit]
-            if account.spent >= account.warn_mark or account.spent > account.ceiling:
-                notices += spending_notices(line)
+                account.spent += added
+            # What is released adds nothing, whatever others have spent meanwhile.
+            if closing.becomes != "released" and (account.spent >= account.warn_mark or account.spent > account.ceiling):
+                notices += spending_notices(line, added)
         if notices:
             self._save_marks(execute, [line.account for line in lines])
         return notices
@@ -473,19 +484,16 @@ class SqliteLedger:
         """Read accounts; those that are not there any more are marked as closed."""
         by_id = {account.id: account for account in accounts}
         rows = execute(select_sql(len(by_id)), tuple(by_id))
-        for id_, ceiling, keep, spent, held, latched, told, warned in rows:
+        for id_, ceiling, keep, spent, held, told, warned in rows:
             account = by_id.pop(id_)
             account.ceiling, account.keep, account.spent, account.held = ceiling, keep, spent, held
-            account.latched, account.told, account.warned = bool(latched), bool(told), bool(warned)
+            account.told, account.warned = bool(told), bool(warned)
         for account in by_id.values():
             account.closed = True
 
     def _save_marks(self, execute: Execute, accounts: Sequence[Any]) -> None:
         for account in accounts:
-            execute(
-                "UPDATE account SET latched = ?, told = ?, warned = ? WHERE id = ?",
-                (account.latched, account.told, account.warned, account.id),
-            )
+            execute("UPDATE account SET told = ?, warned = ? WHERE id = ?", (account.told, account.warned, account.id))
 
     # -- inside: owners ---------------------------------------------------------------------------------------------------
 

@@ -35,11 +35,11 @@ MIGRATIONS = (
 )
 """Numbered from 1; one that was published is never changed. Amounts are in the account's unit: pico-USD, tokens or calls. ``ends_at``
 is set where the calendar ends the window; ``over_at`` once the run is over that was the window; ``owner`` while that run is one
-process's own."""
+process's own. ``latched`` is neither read nor written: a latch belongs to the run that was refused, not to the account."""
 
 MOST = 2**63 - 1
 """What a provider that is broken may report at most: SQLite's integers end there, and so do budgets."""
-_ROW = "id, ceiling, keep, spent, held, latched, told, warned"
+_ROW = "id, ceiling, keep, spent, held, told, warned"
 # Without numbers, even where a value stands several times: CPython before 3.12.4 takes ?1 for a name, and warns of each use.
 _AMOUNT = "CASE unit " + " ".join(f"WHEN {unit} THEN ?" for unit in range(len(UNITS))) + " END"
 FIND = "SELECT id, granted, keep, owner FROM account WHERE budget = ? AND unit = ? AND key = ? AND window = ? AND over_at IS NULL"
@@ -55,15 +55,15 @@ FORGET_SAMPLES = (
     "DELETE FROM sample WHERE agent = ? AND series = ? AND id <= "
     "(SELECT id FROM sample WHERE agent = ? AND series = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"
 )
-TOP_UP = "UPDATE account SET ceiling = ceiling + ?, latched = 0, told = 0, warned = 0 WHERE id = ?"
-# What was topped up stays on top; a ceiling that was raised opens the latch as a top-up does.
+TELL = "UPDATE account SET told = 1 WHERE id = ? AND told = 0"
+TOP_UP = "UPDATE account SET ceiling = ceiling + ?, told = 0, warned = 0 WHERE id = ?"
+# What was topped up stays on top.
 CHANGE_CEILING = (
-    "UPDATE account SET ceiling = ceiling + ? - ?, granted = ?, keep = ?, warn_mark = ?, "
-    "latched = latched AND ? < ?, told = 0, warned = 0 WHERE id = ?"
+    "UPDATE account SET ceiling = ceiling + ? - ?, granted = ?, keep = ?, warn_mark = ?, told = 0, warned = 0 WHERE id = ?"
 )
 EVICT = (
     "DELETE FROM account WHERE id IN (SELECT id FROM account WHERE held = 0 AND (over_at <= ? OR over_at IS NULL AND (ends_at <= ? OR "
-    "opened_at <= ? AND spent = 0 AND latched = 0 AND ceiling = granted)) LIMIT ?)"
+    "opened_at <= ? AND spent = 0 AND ceiling = granted)) LIMIT ?)"
 )
 
 
@@ -74,7 +74,7 @@ def reserve_sql(count: int) -> str:
     Takes the amounts, the ids, and the amounts twice more.
     """
     return (
-        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count)}) AND latched = 0 "
+        f"UPDATE account SET held = held + {_AMOUNT} WHERE id IN ({_places(count)}) "
         f"AND ({_AMOUNT} = 0 OR spent + held + {_AMOUNT} <= ceiling - keep)"
     )
 

@@ -152,7 +152,7 @@ def test_show_of_a_ledger_in_which_nothing_was_called(invoke, watch):
 
 @contextmanager
 def busy_agent(watch):
-    """An agent in the middle of everything: several budgets, keys, windows and units; money held, a latch shut."""
+    """An agent in the middle of everything: several budgets, keys, windows and units; money held, a run refused."""
     watchdog = watch(
         Budget(usd=50, per="day", name="daily"),
         Budget(usd="0.50", llm_calls=10, per="hour", by="tenant", name="tenants"),
@@ -191,6 +191,40 @@ tokens a month   2999-01           33     13    100,000  open
 process <pid> of 'research': 1 call in flight\
 """)
     assert max(map(len, output.splitlines())) <= 80
+
+
+def test_show_says_what_is_exhausted_whoever_was_refused(invoke, watch):
+    """All but what is kept for a wrap-up is spent; that a run was refused is its own affair."""
+    watchdog = watch(Budget(usd="0.10", keep_usd="0.02", per="day", name="daily"), Budget(llm_calls=9, per="day", name="calls"))
+    with watchdog.run() as run:
+        spend(run, 7)
+        assert is_refused(run, 2)
+    states = {account["budget"]: account["exhausted"] for account in json.loads(invoke("show", "--json").output)["accounts"]}
+    assert states == {"daily": False, "calls": False}
+    with watchdog.run() as run:
+        spend(run, 1)
+    states = {account["budget"]: account["exhausted"] for account in json.loads(invoke("show", "--json").output)["accounts"]}
+    assert states == {"daily": True, "calls": False}
+    assert shown(invoke("show")) == snapshot("""\
+budget
+  key   window      spent   held    ceiling  state
+──────────────────────────────────────────────────────
+calls   2999-01-01      2      0          9  open
+  all                             llm calls
+daily   2999-01-01  $0.08  $0.00      $0.10  exhausted
+  all
+
+process <pid> of 'research': 0 calls in flight\
+""")
+
+
+@pytest.mark.parametrize("how", [("top-up", "daily", "--usd", "0.01"), ("reset", "daily", "--yes")], ids=["top-up", "reset"])
+def test_what_an_operator_changes_lets_a_refused_run_go_on(invoke, watch, how):
+    with watch(Budget(usd="0.10", per="day", name="daily")).run() as run:
+        spend(run, 5)
+        assert [is_refused(run, 6), is_refused(run, 1)] == [True, True]
+        assert invoke(*how).exit_code == 0
+        assert not is_refused(run, 1)
 
 
 def test_show_all_lists_also_what_is_over(invoke, watch, monkeypatch):
@@ -250,7 +284,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 0.12,
                     "free": 49.57,
                     "topped_up": 0.0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
                 {
@@ -261,9 +295,9 @@ def test_show_json_is_complete(invoke, watch):
                     "ceiling": 0.4,
                     "spent": 0.3,
                     "held": 0.0,
-                    "free": 0.0,
+                    "free": 0.1,
                     "topped_up": 0.0,
-                    "stopped": True,
+                    "exhausted": False,
                     "over": True,
                 },
                 {
@@ -276,7 +310,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 0.0,
                     "free": 0.2,
                     "topped_up": 0.0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
                 {
@@ -289,7 +323,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 0,
                     "free": 9,
                     "topped_up": 0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
                 {
@@ -302,7 +336,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 0.12,
                     "free": 0.37,
                     "topped_up": 0.0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
                 {
@@ -315,7 +349,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 1,
                     "free": 8,
                     "topped_up": 0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
                 {
@@ -328,7 +362,7 @@ def test_show_json_is_complete(invoke, watch):
                     "held": 13,
                     "free": 99954,
                     "topped_up": 0,
-                    "stopped": False,
+                    "exhausted": False,
                     "over": False,
                 },
             ],
@@ -430,9 +464,9 @@ process <pid> of 'research': 0 calls in flight\
 # -- top-up ---------------------------------------------------------------------------------------------------------------
 
 
-def test_top_up_opens_the_latch_of_a_running_agent(invoke, watch):
+def test_after_a_top_up_a_run_goes_on_that_was_refused(invoke, watch):
     watchdog = watch(Budget(usd="0.10", per="day", name="daily"))
-    run = watchdog.current_run()
+    run = watchdog.start_run()
     spend(run, 9)
     assert [is_refused(run, 2), is_refused(run, 1)] == [True, True]
     assert shown(invoke("top-up", "daily", "--usd", "0.05")) == snapshot("The ceiling of 'daily' (all) is now $0.15.")
@@ -790,19 +824,19 @@ def test_an_operator_beside_a_running_agent(path, worker):
     assert operate("show") == snapshot("""\
 budget
   key   window  spent   held  ceiling  state
-──────────────────────────────────────────────
-shared  -       $0.08  $0.01    $0.10  stopped
+────────────────────────────────────────────
+shared  -       $0.08  $0.01    $0.10  open
   all
 
 process <pid> of 'worker': 1 call in flight\
 """)
-    assert agent.do("spend", 1) == "refused"
+    assert agent.do("spend", 1) == "passed"
     assert operate("top-up", "shared", "--usd", "0.05") == "The ceiling of 'shared' (all) is now $0.15."
-    assert [agent.do("spend", 6), agent.do("spend", 1)] == ["passed", "refused"]
+    assert [agent.do("spend", 5), agent.do("spend", 1)] == ["passed", "refused"]
     assert operate("reset", "shared", "--yes") == snapshot("""\
 'shared' (all) has spent $0.14.
 Started 1 account from zero.\
 """)
     assert [agent.do("spend", 9), agent.do("spend", 2)] == ["passed", "refused"]
     (account,) = json.loads(operate("show", "--json"))["accounts"]
-    assert (account["spent"], account["held"], account["ceiling"], account["stopped"]) == (0.09, 0.01, 0.1, True)
+    assert (account["spent"], account["held"], account["ceiling"], account["exhausted"]) == (0.09, 0.01, 0.1, False)

@@ -318,7 +318,7 @@ def test_each_conversation_has_a_ceiling_of_its_own(make, spend):
     run = make(budgets=[Budget(usd=0.02, per="thread")]).process_run
     spend(run, 2, thread_id="a")
     spend(run, 2, thread_id="b")
-    with pytest.raises(BudgetExceeded, match="for the rest of this conversation"):
+    with pytest.raises(BudgetExceeded, match="What does not fit is refused"):
         spend(run, thread_id="a")
 
 
@@ -393,7 +393,7 @@ def test_an_exhausted_window_stops_until_it_rolls_over(make, clock, spend, per, 
     run = make(budgets=[Budget(usd=0.02, per=per)]).process_run
     clock.set(last)
     spend(run, 2)
-    with pytest.raises(BudgetExceeded, match=rf"until this {per} is over \(UTC\)"):
+    with pytest.raises(BudgetExceeded, match=rf"starts from zero when this {per} is over \(UTC\)"):
         spend(run)
     clock.advance(0.001)
     spend(run, 2)
@@ -416,7 +416,7 @@ def test_a_lifetime_budget_outlives_runs(make, spend):
     watchdog = make(budgets=[Budget(usd=0.02, per="lifetime")])
     with watchdog.run() as run:
         spend(run, 2)
-    with watchdog.run() as run, pytest.raises(BudgetExceeded, match="from now on"):
+    with watchdog.run() as run, pytest.raises(BudgetExceeded, match="for the rest of this run"):
         spend(run)
 
 

@@ -39,8 +39,9 @@ def run_of(make):
 
 def test_a_call_that_does_not_fit(run_of, spend):
     with run_of(Budget(usd=0.02)) as run:
-        assert said(BudgetExceeded, spend, run, 3) == snapshot(
-            "A model call to 'cent' was refused before it was sent. It could cost up to $0.03, and the budget '$0.02 per run' (r1) has spent $0.00 of $0.02, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+        spend(run)
+        assert said(BudgetExceeded, spend, run, 2) == snapshot(
+            "A model call to 'cent' was refused before it was sent. It could cost up to $0.02, and the budget '$0.02 per run' (r1) has spent $0.01 of $0.02, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
         )
 
 
@@ -50,7 +51,44 @@ def test_a_call_that_fits_where_an_earlier_one_did_not(run_of, llm):
         run.open(search).settle()
         said(BudgetExceeded, run.open, search)
         assert said(BudgetExceeded, run.open, llm()) == snapshot(
-            "A model call to 'cent' was refused before it was sent. An earlier call did not fit and stopped this budget, and the budget '1 tool_calls per run' (r1) has spent 1 tool call of 1 tool call, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+            "A model call to 'cent' was refused before it was sent. An earlier call of this run did not fit, which stopped the run, and the budget '1 tool_calls per run' (r1) has spent 1 tool call of 1 tool call, and calls in flight hold 0 tool calls. Everything this budget covers is refused for the rest of this run. To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+        )
+
+
+def test_a_call_that_is_larger_than_the_whole_ceiling(run_of, spend):
+    with run_of(Budget(usd=0.02)) as run:
+        assert said(BudgetExceeded, spend, run, 3) == snapshot(
+            "A model call to 'cent' was refused before it was sent. It alone could cost up to $0.03. That is more than the whole ceiling of the budget '$0.02 per run' (r1): $0.02. Only this request is refused: nothing else is stopped by it. Send a smaller request, or a lower output limit; or give the budget a larger ceiling (run.top_up(...) raises it)."
+        )
+
+
+def test_an_image_that_is_larger_than_all_that_is_not_kept(run_of, llm):
+    with run_of(Budget(usd=0.02, keep_usd=0.005, tokens=500)) as run:
+        assert said(BudgetExceeded, run.open, llm(2)) == snapshot(
+            "A model call to 'cent' was refused before it was sent. It alone could cost up to $0.02. That is more than the whole ceiling of the budget '$0.02 500 tokens per run' (r1): $0.02, of which $0.005 is kept for wrap_up(). Only this request is refused: nothing else is stopped by it. Send a smaller request, or a lower output limit; or give the budget a larger ceiling (run.top_up(...) raises it)."
+        )
+        assert said(BudgetExceeded, run.open, llm(1, opaque=True)) == snapshot(
+            "A model call to 'cent' was refused before it was sent. It alone could cost up to 1,001 tokens (the tokens of an image, a file or a stored prompt are not known before, so the model's whole context window counts). That is more than the whole ceiling of the budget '$0.02 500 tokens per run' (r1): 500 tokens. Only this request is refused: nothing else is stopped by it. Send a smaller request, or a lower output limit; or give the budget a larger ceiling (run.top_up(...) raises it)."
+        )
+
+
+def test_a_call_outside_of_runs(make, spend):
+    watchdog = make(budgets=[Budget(llm_calls=1, per="day", name="daily")])
+    spend(watchdog.process_run)
+    assert said(BudgetExceeded, spend, watchdog.process_run) == snapshot(
+        "A model call to 'cent' was refused before it was sent. It could cost up to 1 llm call, and the budget 'daily' has spent 1 llm call of 1 llm call, and calls in flight hold 0 llm calls. What does not fit is refused; it starts from zero when this day is over (UTC). To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+    )
+
+
+def test_a_call_of_a_run_that_a_day_has_refused(make, spend):
+    watchdog = make(budgets=[Budget(usd=0.03, per="day", by="tenant", name="daily")])
+    with watchdog.run(tags={"tenant": "a"}) as run:
+        spend(run, 2)
+        assert said(BudgetExceeded, spend, run, 2) == snapshot(
+            "A model call to 'cent' was refused before it was sent. It could cost up to $0.02, and the budget 'daily' (tenant=a, 2026-01-01) has spent $0.02 of $0.03, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run; it starts from zero when this day is over (UTC). To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
+        )
+        assert said(BudgetExceeded, spend, run, 1) == snapshot(
+            "A model call to 'cent' was refused before it was sent. An earlier call of this run did not fit, which stopped the run; this one could cost up to $0.01, and the budget 'daily' (tenant=a, 2026-01-01) has spent $0.02 of $0.03, and calls in flight hold $0.00. Everything this budget covers is refused for the rest of this run; it starts from zero when this day is over (UTC). To go on, raise the ceiling with run.top_up(...); print(run) tells where the money went."
         )
 
 

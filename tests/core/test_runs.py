@@ -560,8 +560,13 @@ def test_without_budgets_nothing_limits(make):
 
 def test_nothing_remains_of_a_budget_that_stopped(make, llm):
     run = make(budgets=[Budget(usd=0.05)]).process_run
+    run.open(llm(1))
     with pytest.raises(BudgetExceeded):
         run.open(llm(6))
+    assert run.remaining().usd == 0.04
+    run.log(llm(1), clevagent.Usage(output_tokens=1), 10**10)
+    with pytest.raises(BudgetExceeded):
+        run.open(llm(5))
     assert run.remaining().usd == 0
 
 
@@ -661,8 +666,9 @@ def test_what_is_kept_is_only_for_the_wrap_up(make, spend):
 
 def test_after_the_wrap_up_the_stop_stands_again(make, spend):
     with make().run(budgets=[Budget(usd=0.10, keep_usd=0.02)]) as run:
+        spend(run)
         with pytest.raises(BudgetExceeded):
-            spend(run, 9)
+            spend(run, 8)
         with run.wrap_up():
             spend(run)
         with pytest.raises(BudgetExceeded):
@@ -728,8 +734,9 @@ def test_warning_lets_the_call_go_and_tells_once(make, heard, spend, action):
 @pytest.mark.parametrize("action", ["raise", "stop"])
 def test_raising_stops_the_call_and_every_later_one(make, spend, action):
     with make().run(budgets=[Budget(usd=0.02, on_exceed=action)]) as run:
+        spend(run)
         with pytest.raises(BudgetExceeded):
-            spend(run, 3)
+            spend(run, 2)
         with pytest.raises(BudgetExceeded):
             spend(run, 1)
 
@@ -794,7 +801,7 @@ def test_a_callable_that_raises_leaves_the_call_refused(make, spend):
 
     with make().run(budgets=[Budget(usd=0.02, on_exceed=fails)]) as run, pytest.raises(BudgetExceeded) as caught:
         spend(run, 3)
-    assert caught.value.incident.details == {"error": "OSError('no pager')"}
+    assert caught.value.incident.details == {"reason": "too_large", "error": "OSError('no pager')"}
 
 
 def test_a_callable_that_lets_one_budget_go_does_not_let_go_of_another(make, spend):

@@ -66,16 +66,42 @@ def test_with_retry_tries_in_vain(aio, provider, chat, config, is_async):
 
 @both
 def test_with_retry_of_a_call_that_does_not_fit_into_what_is_left(aio, provider, chat, watchdog, is_async):
-    """The first refusal latches: a smaller call would fit, and is refused all the same."""
+    """The first refusal latches: a smaller call would fit, and is refused all the same. Another run goes on."""
+    provider.reset([Reply(output_tokens=100)])
     one = watchdog(budgets=[Budget(usd="0.01", per="lifetime")])
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}
-    with pytest.raises(BudgetExceeded):
-        run(aio, is_async, chat(max_tokens=5000).with_retry(stop_after_attempt=3, wait_exponential_jitter=False), "Hello", config)
-    with pytest.raises(BudgetExceeded):
+    with one.run() as first:
+        run(aio, is_async, chat(max_tokens=100), "Hello", config)
+        many = chat(max_tokens=950).with_retry(stop_after_attempt=3, wait_exponential_jitter=False)
+        for target, reason in ((many, "latched"), (chat(max_tokens=1), "latched")):
+            with pytest.raises(BudgetExceeded) as caught:
+                run(aio, is_async, target, "Hello", config)
+            assert caught.value.reason == reason
+    assert provider.request_count == 1
+    with one.run():
         run(aio, is_async, chat(max_tokens=1), "Hello", config)
-    assert provider.request_count == 0
-    one.process_run.top_up(usd="0.01")
-    run(aio, is_async, chat(max_tokens=1), "Hello", config)
+        assert provider.request_count == 2
+    first.top_up(usd="0.01")
+    with first.activate():
+        run(aio, is_async, chat(max_tokens=1), "Hello", config)
+    assert provider.request_count == 3
+
+
+@both
+def test_a_call_that_is_too_large_is_refused_alone(aio, provider, chat, watchdog, is_async):
+    one = watchdog(budgets=[Budget(usd="0.01", per="day")])
+    config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}
+    with one.run():
+        with pytest.raises(BudgetExceeded) as caught:
+            run(
+                aio,
+                is_async,
+                chat(max_tokens=5000).with_retry(stop_after_attempt=3, wait_exponential_jitter=False),
+                "Hello",
+                config,
+            )
+        assert caught.value.reason == "too_large"
+        run(aio, is_async, chat(max_tokens=9), "Hello", config)
     assert provider.request_count == 1
 
 

@@ -113,6 +113,16 @@ def test_at_the_ceiling_the_agent_ends_with_a_plain_message(aio, request, provid
     assert not one._active
 
 
+def test_a_request_that_is_too_large_ends_its_agent_and_says_so(provider, chat, watchdog):
+    budgets = [Budget(usd="0.10", per="day", name="daily")]
+    agent = create_agent(chat(max_tokens=300), [], middleware=[BudgetMiddleware(budgets=budgets, watchdog=watchdog())])
+    large = {"messages": [{"role": "user", "content": "Hello " * 20_000}]}
+    assert "one request is larger than the whole budget 'daily'" in agent.invoke(large)["messages"][-1].text
+    assert provider.request_count == 0
+    agent.invoke(HELLO)
+    assert provider.request_count == 1
+
+
 @both
 @pytest.mark.parametrize("name", ["chat", "anthropic"])
 def test_with_money_kept_the_model_writes_the_closing_message(aio, request, provider, watchdog, runs, name, is_async):

@@ -159,6 +159,28 @@ def test_halt_gives_back_the_state_that_was_reached(loop, provider, caplog):
     assert stopped(graph) is None
 
 
+@pytest.mark.parametrize("on_exceed", ["halt", "ask", "raise"])
+def test_a_call_that_is_too_large_ends_its_own_graph_and_no_other(chat, line, provider, on_exceed):
+    def short(state):
+        return {"texts": [chat().invoke("Hello").text]}
+
+    def long(state):
+        return {"texts": [chat().invoke("Hello " * 20_000).text]}
+
+    budgets = [Budget(usd="0.10", per="day", name="daily", on_exceed=on_exceed)]
+    graph = clevagent.guard(line(short, long), budgets=budgets)
+    other = clevagent.guard(line(short), budgets=budgets)
+    if on_exceed == "raise":
+        with pytest.raises(BudgetExceeded) as caught:
+            graph.invoke({"texts": []}, thread())
+        assert caught.value.reason == "too_large"
+    else:
+        assert len(graph.invoke({"texts": []}, thread())["texts"]) == 1
+        assert stopped(graph, thread()).details["reason"] == "too_large"
+    assert len(other.invoke({"texts": []}, thread("other"))["texts"]) == 1
+    assert provider.request_count == 2
+
+
 def test_halt_needs_no_checkpointer(loop, provider):
     graph = clevagent.guard(loop(saved=False), budgets=[Budget(llm_calls=3)], on_exceed="halt")
     assert len(graph.invoke({"texts": []})["texts"]) == 3

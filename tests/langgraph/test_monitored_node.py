@@ -369,9 +369,21 @@ def test_a_nodes_ceiling_in_money_is_refused_before_it_runs_once_a_call_did_not_
     assert float(provider.billed_usd) <= 0.006
     assert provider.request_count == 1
     assert len(rounds.ran) == 2, "a check holds nothing: whether a call fits, the call tells"
-    with pytest.raises(BudgetExceeded, match="was not started"):
+    with pytest.raises(BudgetExceeded, match="refused before it was sent") as caught:
         graph.invoke(None, thread())
-    assert len(rounds.ran) == 2
+    assert caught.value.reason == "exhausted", "what is resumed is asked anew"
+    assert (provider.request_count, len(rounds.ran)) == (1, 3)
+
+
+def test_a_node_that_has_refused_its_run_is_not_started_again(rounds, provider):
+    graph = rounds(Budget(usd="0.006"))
+    with clevagent.run():
+        with pytest.raises(BudgetExceeded):
+            graph.invoke({"texts": []}, thread())
+        with pytest.raises(BudgetExceeded, match="was not started") as caught:
+            graph.invoke(None, thread())
+    assert caught.value.reason == "latched"
+    assert (provider.request_count, len(rounds.ran)) == (1, 2)
 
 
 def test_where_only_tool_calls_are_used_up_models_may_go_on(chat, provider, line):

@@ -155,7 +155,8 @@ class CeilingsMachine(RuleBasedStateMachine):
         self.sent: list[Sent] = []
         self.conversations = [Conversation(overhead=3), Conversation(overhead=16)]
         self.raised: dict[Key, int] = {}
-        self.latched: set[Key] = set()
+        self.latched: set[tuple[Run, Key]] = set()
+        """What has refused which root run, and was not topped up since."""
         self.by_name = {budget.label: budget for budget in given_budgets}
         self.refusals: dict[Run, int] = {}
         self.started = 0
@@ -272,7 +273,7 @@ class CeilingsMachine(RuleBasedStateMachine):
                 run.top_up(**{unit: value}, budget=budget.label)
                 key = next(key for key in self._keys(run, ToolCall(tool=""), only=budget) if UNITS[key[1]] == unit)
                 self.raised[key] = self.raised.get(key, 0) + (amount * 10**6 if unit == "usd" else amount)
-                self.latched.discard(key)
+                self.latched = {(root, other) for root, other in self.latched if other != key}
                 return
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class CeilingsMachine(RuleBasedStateMachine):
             self._refused(run, keys, error, wrap_up=wrap_up)
             return None
         enforced = [key for key in keys if self._is_enforced(key)]
-        assert wrap_up or not self.latched.intersection(enforced)
+        assert wrap_up or not self.latched.intersection((run.root, key) for key in enforced)
         held = [hold for hold in self.watchdog.ledger.holds() if hold.owner is ticket]
         bound = tuple(held[0].amounts) if held else (0,) * 6
         assert len(held) == (1 if keys else 0)
@@ -395,12 +396,17 @@ class CeilingsMachine(RuleBasedStateMachine):
         assert in_unit(error.spent, unit) == spent
         assert in_unit(error.held, unit) == held
         needed = in_unit(error.needed, unit)
-        if isinstance(error, BudgetBusy):
-            assert key not in self.latched or wrap_up
+        if (run.root, key) in self.latched and not wrap_up:
+            assert error.reason == "latched"
+        elif isinstance(error, BudgetBusy):
+            assert error.reason == "busy"
             assert spent + needed <= room < spent + held + needed
         else:
-            assert (key in self.latched and not wrap_up) or spent + needed > room
-            self.latched.add(key)
+            assert spent + needed > room
+            assert error.reason == ("too_large" if spent < room < needed else "exhausted")
+            # The process is no run: there, only a ceiling of its own goes on refusing.
+            if error.reason == "exhausted" and (run.root is not self.runs[0] or self.by_name[key[0]].per == "run"):
+                self.latched.add((run.root, key))
         current: Run | None = run
         while current is not None:
             self.refusals[current] = self.refusals.get(current, 0) + 1
@@ -475,7 +481,7 @@ class CeilingsMachine(RuleBasedStateMachine):
                 assert in_unit(state.spent, state.unit) == spent
                 assert in_unit(state.held, state.unit) == held
                 assert in_unit(state.ceiling, state.unit) == ceiling
-                assert state.latched == (key in self.latched)
+                assert state.latched == ((run.root, key) in self.latched)
                 if self._is_enforced(key):
                     assert spent + held <= ceiling
                     assert state.overshoot == 0

@@ -93,7 +93,7 @@ class Expected:
     ends_at: float
     spent: int = 0
     held: int = 0
-    latched: bool = False
+    told_too_large: int = 0
     told: bool = False
     warned: bool = False
     is_closed: bool = False
@@ -101,7 +101,7 @@ class Expected:
     """Whether everything that counted against it was enforced, and cost no more than was held for it."""
 
     def balance(self) -> Balance:
-        return Balance(self.key, self.ceiling, self.keep, self.spent, self.held, self.latched)
+        return Balance(self.key, self.ceiling, self.keep, self.spent, self.held)
 
 
 @dataclass(eq=False)
@@ -189,7 +189,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before = self.changes
         balance = self.ledger.top_up(account.real, amount)
         account.ceiling += amount
-        account.latched = account.told = account.warned = False
+        account.told = account.warned = False
         assert balance == account.balance()
         assert self.changes > before
 
@@ -208,8 +208,7 @@ class LedgerMachine(RuleBasedStateMachine):
         gone = [
             account
             for account in self.open_now.values()
-            if not account.held
-            and (account.ends_at <= wall or (not account.spent and not account.latched and account.ceiling == account.granted))
+            if not account.held and (account.ends_at <= wall or (not account.spent and account.ceiling == account.granted))
         ]
         assert self.ledger.evict(wall) == len(gone)
         for account in gone:
@@ -223,26 +222,29 @@ class LedgerMachine(RuleBasedStateMachine):
         indexes=st.lists(st.tuples(INDEX, st.sampled_from([True, True, True, False])), min_size=1, max_size=4),
         amounts=AMOUNTS,
         wrap_up=st.sampled_from([False, False, True]),
-        latch=st.sampled_from([True, True, False]),
+        tells=st.sampled_from([True, True, False]),
         hold_s=st.sampled_from([5.0, 20.0, math.inf]),
     )
-    def reserve(self, indexes: list[tuple[int, bool]], amounts: Amounts, *, wrap_up: bool, latch: bool, hold_s: float) -> None:
+    def reserve(self, indexes: list[tuple[int, bool]], amounts: Amounts, *, wrap_up: bool, tells: bool, hold_s: float) -> None:
         found = {self.accounts[index % len(self.accounts)]: enforced for index, enforced in indexes}
         lines = [(account, account.key.unit, enforced) for account, enforced in found.items()]
         reserve = self._reserver([Line(account.real, unit, enforced) for account, unit, enforced in lines], amounts, hold_s)
         verdict, refusing = self._verdict(lines, amounts, wrap_up=wrap_up)
         if verdict == "stale":
             with pytest.raises(StaleAccount):
-                reserve(wrap_up=wrap_up, latch=latch)
+                reserve(wrap_up=wrap_up)
             return
-        answer = reserve(wrap_up=wrap_up, latch=latch)
+        answer = reserve(wrap_up=wrap_up)
         if refusing is not None:
             assert isinstance(answer, Refusal)
-            is_first = verdict == "full" and latch and not refusing.told
-            if verdict == "full" and latch:
-                refusing.latched = refusing.told = True
             line = Line(refusing.real, refusing.key.unit, enforced=True)
-            assert answer == Refusal(line, refusing.balance(), amounts[refusing.key.unit], verdict == "busy", is_first)
+            assert answer == Refusal(line, refusing.balance(), amounts[refusing.key.unit], verdict)
+            if tells and verdict == "exhausted":
+                assert self.ledger.is_news(answer) == (not refusing.told)
+                refusing.told = True
+            elif tells and verdict == "too_large":
+                assert self.ledger.is_news(answer) == (refusing.told_too_large != refusing.ceiling)
+                refusing.told_too_large = refusing.ceiling
             return
         assert isinstance(answer, Hold)
         hold = ExpectedHold(answer, lines, amounts, self.now + hold_s)
@@ -263,7 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _reserver(self, lines: list[Line], amounts: Amounts, hold_s: float) -> Callable[..., Hold | Refusal]:
         return lambda **how: self.ledger.reserve(lines, amounts, expires_at=self.now + hold_s, owner=self, **how)
 
-    def _verdict(self, lines: list[tuple[Expected, int, bool]], amounts: Amounts, *, wrap_up: bool) -> tuple[str, Expected | None]:
+    def _verdict(self, lines: list[tuple[Expected, int, bool]], amounts: Amounts, *, wrap_up: bool) -> tuple[Any, Expected | None]:
         """The first that has no room for good refuses; else the first whose room is only held."""
         busy: Expected | None = None
         for account, unit, enforced in lines:
@@ -272,8 +274,8 @@ class LedgerMachine(RuleBasedStateMachine):
             if not enforced:
                 continue
             needed, room = amounts[unit], account.ceiling - (0 if wrap_up else account.keep)
-            if (account.latched and not wrap_up) or (needed and account.spent + needed > room):
-                return "full", account
+            if needed and account.spent + needed > room:
+                return ("too_large" if account.spent < room < needed else "exhausted"), account
             if needed and account.spent + account.held + needed > room:
                 busy = busy or account
         return ("busy", busy) if busy is not None else ("fits", None)
@@ -348,9 +350,9 @@ class LedgerMachine(RuleBasedStateMachine):
             if account.spent >= account.warn_mark and not account.warned:
                 account.warned = True
                 notices.append(("warning", account.key))
-            if account.spent > account.ceiling and not (account.latched if enforced else account.told):
+            was_within = account.spent - amounts[unit] + before <= account.ceiling
+            if account.spent > account.ceiling and (not account.told or (enforced and was_within)):
                 account.told = True
-                account.latched = account.latched or enforced
                 notices.append(("overshoot", account.key))
         hold.state, hold.charged = state, amounts
         return notices

@@ -65,7 +65,7 @@ while sent < given["calls"]:
     bound = given["bound"] or chance.randint(1, 60)
     hold = ledger.reserve(lines, (bound, bound, 0, 0, 1, 0), expires_at=math.inf, owner=None)
     if isinstance(hold, Refusal):
-        if not hold.busy:
+        if hold.reason != "busy":
             break
         os.sched_yield()
         continue

@@ -39,14 +39,14 @@ def test_what_a_process_holds_is_seen_by_all_and_given_back_by_it_alone(other, h
     assert here.ledger.is_held_elsewhere()
     busy = here.take(50)
     assert isinstance(busy, Refusal)
-    assert busy.busy
+    assert busy.reason == "busy"
     there.do("pay(hold, 10)")
     assert here.state() == (10, 0)
     assert not here.ledger.is_held_elsewhere()
     here.pay(here.hold(90), 90)
     assert there.ask("state()") == (100, 0)
-    full = there.ask("(type(refused := take(1)).__name__, refused.busy)")
-    assert full == ("Refusal", False)
+    full = there.ask("(type(refused := take(1)).__name__, refused.reason)")
+    assert full == ("Refusal", "exhausted")
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_stopped_process_is_alive_and_goes_on_with_what_it_holds(other, here) 
         for _ in range(3):
             refused = here.take(50)
             assert isinstance(refused, Refusal)
-            assert refused.busy
+            assert refused.reason == "busy"
         here.ledger.evict(here.clock.wall() + 1000)
         assert here.state() == (0, 60)
     finally:
@@ -77,7 +77,7 @@ def test_what_a_killed_process_held_is_charged_once_by_whoever_needs_room(other,
     with caplog.at_level(logging.WARNING, "clevagent"):
         refused = here.take(60)
     assert isinstance(refused, Refusal)
-    assert not refused.busy
+    assert refused.reason == "exhausted"
     assert here.state() == (50, 0)
     (record,) = caplog.records
     assert record.getMessage() == (

@@ -1,4 +1,4 @@
-"""What a ledger's file keeps when processes end, and what it does not keep: totals, latches, files, and its own size."""
+"""What a ledger's file keeps when processes end, and what it does not keep: totals, files, and its own size."""
 
 from __future__ import annotations
 
@@ -103,24 +103,37 @@ def test_what_is_called_outside_of_runs_is_each_processs_own(program, clock) -> 
     assert calls_until_refused(second.process_run) == 3
 
 
-def test_a_latched_budget_stays_latched_until_its_window_is_over(program) -> None:
+def test_a_budget_stays_exhausted_until_its_window_is_over_and_that_is_told_once(program) -> None:
     clock = FakeClock(datetime(2026, 1, 1, 23, 59, tzinfo=UTC))
-    budget = Budget(tokens=100, per="day", name="b")
+    budget = Budget(llm_calls=1, per="day", name="b", warn_at=1)
     watchdog = program(budget, clock=clock)
-    call(watchdog.process_run)
-    with pytest.raises(BudgetExceeded):
-        watchdog.process_run.open(LLMCall(model="m", input=["hello"], max_output_tokens=1000))
+    assert calls_until_refused(watchdog.process_run) == 1
     watchdog.shutdown()
     watchdog = program(budget, clock=clock)
     clock.advance(59.999)
-    with pytest.raises(BudgetExceeded):
-        call(watchdog.process_run)  # it would fit, but the budget has stopped
+    for _ in range(3):
+        with pytest.raises(BudgetExceeded), watchdog.run() as run:
+            call(run)
     assert [incident.kind for incident in watchdog.recent] == []  # told by the first process
     clock.advance(0.001)
     call(watchdog.process_run)
 
 
-def test_a_latched_budget_stays_latched_until_it_is_topped_up(program, clock) -> None:
+def test_a_latch_ends_with_the_process_of_the_run_that_was_refused(program, clock) -> None:
+    """What is left is for whoever comes next, and fits."""
+    budget = Budget(tokens=100, per="day", name="b")
+    watchdog = program(budget, clock=clock)
+    with watchdog.run() as run:
+        call(run)
+        with pytest.raises(BudgetExceeded):
+            run.open(LLMCall(model="m", input=["hello"], max_output_tokens=90))
+        with pytest.raises(BudgetExceeded):
+            call(run)
+    watchdog.shutdown()
+    call(program(budget, clock=clock).process_run)
+
+
+def test_an_exhausted_budget_stays_so_until_it_is_topped_up(program, clock) -> None:
     budget = Budget(llm_calls=1, per="lifetime", name="b")
     watchdog = program(budget, clock=clock)
     assert calls_until_refused(watchdog.process_run) == 1
@@ -136,7 +149,7 @@ def test_a_latched_budget_stays_latched_until_it_is_topped_up(program, clock) ->
 # -- ceilings that change -------------------------------------------------------------------------------------------------
 
 
-def test_a_ceiling_raised_in_the_code_opens_the_latch_and_keeps_what_was_topped_up(program, clock, caplog) -> None:
+def test_a_ceiling_raised_in_the_code_keeps_what_was_topped_up(program, clock, caplog) -> None:
     watchdog = program(Budget(llm_calls=2, per="lifetime", name="b"), clock=clock)
     assert calls_until_refused(watchdog.process_run) == 2
     watchdog.process_run.top_up(llm_calls=1)
@@ -152,7 +165,7 @@ def test_a_ceiling_raised_in_the_code_opens_the_latch_and_keeps_what_was_topped_
     )
 
 
-def test_a_ceiling_lowered_in_the_code_keeps_what_was_spent_and_the_latch(program, clock) -> None:
+def test_a_ceiling_lowered_in_the_code_keeps_what_was_spent(program, clock) -> None:
     watchdog = program(Budget(llm_calls=5, per="lifetime", name="b"), clock=clock)
     call(watchdog.process_run)
     call(watchdog.process_run)
@@ -348,8 +361,8 @@ def test_windows_that_are_over_ended_runs_and_idle_accounts_are_pruned(open_here
     here.pay(here.hold(1, spent), 1)
     topped = here.open(AccountKey("topped", 0, "all", ""))
     here.ledger.top_up(topped, 5)
-    latched = here.open(AccountKey("latched", 0, "all", ""))
-    here.take(1000, latched)
+    refused = here.open(AccountKey("refused", 0, "all", ""))
+    here.take(1000, refused)
     held = here.open(AccountKey("held", 0, "all", "1"), ends_at=now + 100)
     in_flight = here.hold(1, held)
     here.pay(here.hold(1), 1)
@@ -359,14 +372,14 @@ def test_windows_that_are_over_ended_runs_and_idle_accounts_are_pruned(open_here
         return {name for (name,) in here.rows("SELECT budget FROM account")}
 
     clock.advance(3599)
-    assert names() == {"b", "day", "run", "idle", "spent", "topped", "latched", "held"}
+    assert names() == {"b", "day", "run", "idle", "spent", "topped", "refused", "held"}
     clock.advance(60)
-    assert names() == {"b", "day", "spent", "topped", "latched", "held"}
+    assert names() == {"b", "day", "spent", "topped", "held"}
     clock.advance(100)
-    assert names() == {"b", "spent", "topped", "latched", "held"}
+    assert names() == {"b", "spent", "topped", "held"}
     here.pay(in_flight, 1)
     clock.advance(61)
-    assert names() == {"b", "spent", "topped", "latched"}
+    assert names() == {"b", "spent", "topped"}
 
 
 def test_more_accounts_than_are_taken_out_at_once_are_taken_out_one_batch_after_another(open_here, clock) -> None:
@@ -409,3 +422,19 @@ def test_a_ledger_that_is_dropped_closes_its_connection(path) -> None:
     gc.collect()
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
+
+
+# -- files of older versions ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_whose_accounts_latched_goes_on_working(program, clock, open_here) -> None:
+    """The column is still there, for the version that wrote it, and says nothing any more."""
+    budget = Budget(llm_calls=3, per="lifetime", name="shared")
+    watchdog = program(budget, clock=clock)
+    call(watchdog.process_run)
+    watchdog.shutdown()
+    here = open_here()
+    with here.ledger._database.transaction() as execute:
+        execute("UPDATE account SET latched = 1, told = 1")
+    assert calls_until_refused(program(budget, clock=clock).process_run) == 2
+    assert here.rows("SELECT latched, spent FROM account WHERE budget = 'shared'") == [(1, 3)]
