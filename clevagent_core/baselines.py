@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clevagent_core.interrupts import is_interrupt
+
 if TYPE_CHECKING:
     from clevagent_core.clock import Clock
     from clevagent_core.ledger.account import Ledger
@@ -75,7 +77,9 @@ class Baselines:
         """Add a sample."""
         try:
             self._ledger.remember(series, value, self._clock.wall())
-        except Exception:  # whose code: the ledger's; a baseline is an observation, and stops nothing
+        except Exception as error:  # whose code: the ledger's; a baseline is an observation, and stops nothing
+            if is_interrupt(error):
+                raise
             logger.warning("A sample of %s could not be kept, so the baseline does not know it.", series, exc_info=True)
         with self._lock:
             self._known.pop(series, None)
@@ -100,6 +104,8 @@ class Baselines:
     def _read(self, series: str) -> Baseline | None:
         try:
             return baseline_of(self._ledger.samples(series))
-        except Exception:  # whose code: as above
+        except Exception as error:  # whose code: as above
+            if is_interrupt(error):
+                raise
             logger.warning("The samples of %s cannot be read, so there is no baseline.", series, exc_info=True)
             return None

@@ -8,7 +8,7 @@ from types import TracebackType
 from clevagent_core.bounds import is_opaque, rounds_of, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
 from clevagent_core.coverage import cover, uncover
-from clevagent_core.errors import UsageError
+from clevagent_core.errors import ClevAgentError, UsageError
 from clevagent_core.frames import Activity, Frame, frame_of, leave, open_block, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
@@ -167,17 +167,33 @@ class LLMCallBlock:
 
     def __enter__(self) -> OpenLLMCall:
         """Check the call and hold what it could cost, or raise; may wait for held money."""
-        return self._entered(self._run().open(self._call))
+        run = self._run()
+        try:
+            return self._entered(run.open(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # a signal handler's: the block is not entered, so nobody would tell what became of the call
+            run.abandon(self._call)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Charge the upper bound if nothing was told: the call may have been sent."""
         if self._ticket is not None:
-            uncover(self._ticket)
-            self._ticket.charge(error)
+            try:
+                uncover(self._ticket)
+            finally:
+                self._ticket.charge(error)
 
     async def __aenter__(self) -> OpenLLMCall:
         """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        return self._entered(await self._run().aopen(self._call))
+        run = self._run()
+        try:
+            return self._entered(await run.aopen(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # as above, and a cancelled task
+            run.abandon(self._call)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -192,12 +208,8 @@ class LLMCallBlock:
 
     def _entered(self, ticket: Ticket) -> OpenLLMCall:
         self._ticket = ticket
-        try:
-            # A client that is guarded, too, sends the request as a part of this call.
-            cover(ticket)
-        except BaseException:  # a signal handler's: the block is not entered
-            ticket.release()
-            raise
+        # A client that is guarded, too, sends the request as a part of this call.
+        cover(ticket)
         return OpenLLMCall(ticket)
 
 
@@ -221,18 +233,34 @@ class ToolCallBlock:
 
     def __enter__(self) -> OpenToolCall:
         """Check the call, or raise."""
-        return self._entered(self._run().open(self._call))
+        run = self._run()
+        try:
+            return self._entered(run.open(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # a signal handler's: the block is not entered, so nobody would tell what became of the call
+            run.abandon(self._call)
+            raise
 
     async def __aenter__(self) -> OpenToolCall:
         """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        return self._entered(await self._run().aopen(self._call))
+        run = self._run()
+        try:
+            return self._entered(await run.aopen(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # as above, and a cancelled task
+            run.abandon(self._call)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Tell that the tool has run, unless the block told otherwise."""
         if self._ticket is not None:
-            if self._frame is not None:
-                leave(self._frame)
-            self._ticket.settle(error=error)
+            try:
+                if self._frame is not None:
+                    leave(self._frame)
+            finally:
+                self._ticket.settle(error=error)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -247,9 +275,5 @@ class ToolCallBlock:
 
     def _entered(self, ticket: Ticket) -> OpenToolCall:
         self._ticket = ticket
-        try:
-            self._frame = open_block(ticket.run.watchdog, ticket.run, Activity("tool", self._call.tool))
-        except BaseException:  # a signal handler's: the block is not entered
-            ticket.release()
-            raise
+        self._frame = open_block(ticket.run.watchdog, ticket.run, Activity("tool", self._call.tool))
         return OpenToolCall(ticket)

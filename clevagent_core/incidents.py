@@ -49,8 +49,9 @@ class IncidentTeller:
             self._idle.clear()
             self._wake.set()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="clevagent-incidents", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="clevagent-incidents", daemon=True)
+                thread.start()
+                self._thread = thread  # not before: a signal handler may raise in start()
 
     def flush(self, timeout_s: float) -> int:
         """Wait until everything is told, at most ``timeout_s`` seconds; tell how many are left."""

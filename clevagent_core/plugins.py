@@ -20,6 +20,7 @@ import pluggy
 
 from clevagent_core import hookspecs
 from clevagent_core.errors import PluginError, UsageError
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.pricing import Rates
 
 if TYPE_CHECKING:
@@ -216,6 +217,8 @@ class Plugins:
             except (UsageError, PluginError):
                 raise
             except Exception as error:
+                if is_interrupt(error):
+                    raise
                 raise PluginError(
                     f"The plugin {implementation.plugin_name!r} failed while it was configured: {error!r}. "
                     f"It cannot do its work; mend it, or leave it out with block=[{implementation.plugin_name!r}]."
@@ -264,7 +267,9 @@ class Plugins:
         for implementation in self._implementations("clevagent_attachable"):
             try:
                 yield implementation.plugin_name, {str(name): str(module) for name, module in _call(implementation).items()}
-            except Exception:  # whose code: a plugin's; it is passed over, and the others are asked
+            except Exception as error:  # whose code: a plugin's; it is passed over, and the others are asked
+                if is_interrupt(error):
+                    raise
                 logger.exception(
                     "The plugin %r could not tell what it attaches to; it was passed over.", implementation.plugin_name
                 )
@@ -294,7 +299,9 @@ class Plugins:
         for provider in self._bounds:
             try:
                 bound: int | None = provider(call)
-            except Exception:  # whose code: a plugin's; the context window then stands for the bound
+            except Exception as error:  # whose code: a plugin's; the context window then stands for the bound
+                if is_interrupt(error):
+                    raise
                 logger.exception("A provider of bounds failed; the call counts as the model's whole context window.")
                 continue
             if bound is None:
@@ -322,6 +329,8 @@ class Plugins:
             plugin = point.load()
             self.register(plugin() if isinstance(plugin, type) else plugin, name=point.name, source=source)
         except Exception as error:  # whose code: anybody's package, imported because it is installed
+            if is_interrupt(error):
+                raise
             logger.warning("The plugin %r of %s is broken and was left out: %r", point.name, source, error)
             self._states[point.name] = PluginState(point.name, source, "broken", f"{type(error).__name__}: {error}")
 
@@ -370,14 +379,18 @@ class Plugins:
         for implementation in self._implementations(hook):
             try:
                 _call(implementation, **arguments)
-            except Exception:  # whose code: a plugin's; observers fail open, and one never silences the next
+            except Exception as error:  # whose code: a plugin's; observers fail open, and one never silences the next
+                if is_interrupt(error):
+                    raise
                 logger.exception("The plugin %r failed in %s and was passed over.", implementation.plugin_name, hook)
 
     def _first(self, hook: str, **arguments: object) -> Any:
         for implementation in self._implementations(hook):
             try:
                 answer = _call(implementation, **arguments)
-            except Exception:  # whose code: a plugin's; a provider that fails counts as one that does not know
+            except Exception as error:  # whose code: a plugin's; a provider that fails counts as one that does not know
+                if is_interrupt(error):
+                    raise
                 logger.exception("The plugin %r failed in %s and was passed over.", implementation.plugin_name, hook)
                 continue
             if answer is not None:

@@ -22,12 +22,13 @@ from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.clock import ReentrantEvent
 from clevagent_core.errors import BudgetBusy, BudgetExceeded, LedgerError, LoopDetected, RemoteStop, Stopped, UsageError, passing
 from clevagent_core.frames import Within, current_task, frame_of, living
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.latches import Latches
 from clevagent_core.money import to_pico, to_usd
 from clevagent_core.plugins import BoundHooks
 from clevagent_core.progress import Progress
 from clevagent_core.summaries import Remaining, RunSummary, Tally, summarize
-from clevagent_core.tickets import Reservation, Ticket, Wait, Work, release_all
+from clevagent_core.tickets import Reservation, Ticket, Wait, Work, release_all, release_interrupted
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
@@ -186,7 +187,9 @@ class Run:
         for observer in hooks.step:
             try:
                 observer(self, step)
-            except Exception:  # whose code: a plugin's; observers fail open
+            except Exception as error:  # whose code: a plugin's; observers fail open
+                if is_interrupt(error):
+                    raise
                 logger.exception("An observer of steps failed and was passed over.")
 
     def hooks(self) -> BoundHooks:
@@ -385,18 +388,17 @@ class Run:
             # Leaving the block must not hide what the work came to. Whoever asks for the budgets is told then.
             logger.exception("How the budgets of the run %s stand cannot be told.", self.run_id)
             summary = summarize(self, self._tally, [])
-        # A run around many short ones must not keep the accounts of each.
-        for run in self.chain():
-            if run is not self:
-                for key in list(self.accounts):
-                    run.used.pop(key, None)
-        if self.parent is not None and self.root.latches:
-            self._take_latches()
+        if self.parent is not None:
+            self._take_along()
         self.watchdog.run_is_over(self, summary)
         return summary
 
-    def _take_latches(self) -> None:
+    def _take_along(self) -> None:
+        """Take what is of this run only from those around it: one around many short ones must not keep that of each."""
         for key in list(self.accounts):
+            for run in self.chain():
+                if run is not self:
+                    run.used.pop(key, None)
             found = self.root.latches.pop(key, None)
             if found is not None:
                 self.latches[key] = found
@@ -421,6 +423,8 @@ class Run:
             try:
                 verdict = check(self, call)
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
+                if is_interrupt(error):
+                    raise
                 verdict = self._fault(plugin, error)
             if verdict is not None:
                 stop = self._judge(plugin, verdict)
@@ -441,13 +445,19 @@ class Run:
             if stop is None:
                 self.root.open_work[ticket] = None
                 return ticket
+            release_all(reservations)
         except BaseException:  # also a signal handler's: nothing was sent, so nothing stays held
             self.root.open_work.pop(ticket, None)
-            release_all(reservations)
+            release_interrupted(reservations)
             self._release_unreturned(ticket)
             raise
-        release_all(reservations)
         return stop
+
+    def abandon(self, call: Call) -> None:
+        """Release ``call``, whose opening was interrupted: by a signal handler, before anybody had its ticket. Nothing was sent."""
+        for work in list(self.root.open_work):
+            if isinstance(work, Ticket) and work.call is call:
+                work.release()
 
     def _release_unreturned(self, ticket: Ticket) -> None:
         """Release what the ledger holds for a call whose reservation an interrupt kept from being returned."""
@@ -479,6 +489,8 @@ class Run:
                     incident=self._incident("ledger", f"{error} In this dry run the call went on all the same.", "dry_run")
                 )
             except Exception as error:  # whose code: a guard's; each declares what its own fault means
+                if is_interrupt(error):
+                    raise
                 answer = self._fault(plugin, error)
             stop = self._judge(plugin, answer)
             if stop is not None:

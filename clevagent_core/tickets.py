@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from clevagent_core.calls import Call, LLMCall, Step, Usage
 from clevagent_core.frames import Frame, current_task
+from clevagent_core.interrupts import is_interrupt
 
 if TYPE_CHECKING:
     from clevagent_core.pricing import Rates
@@ -29,7 +30,10 @@ def plain_step(kind: Literal["llm_call", "tool_call", "ping"], name: str) -> Ste
 
 
 class Reservation(Protocol):
-    """What a guard holds for one call. Exactly one of its methods ends it; ``settle`` may also correct an earlier ``charge``."""
+    """What a guard holds for one call. Exactly one of its methods ends it; ``settle`` may also correct an earlier ``charge``.
+
+    The same one may be called a second time after a signal handler has raised in it, and then only does what is still to be done.
+    """
 
     max_output_tokens: int | None
     """The output limit that was reserved for, where the caller clamps; else ``None``."""
@@ -168,24 +172,34 @@ class Ticket:
                 self.charge(error, result=result)
                 return
             usage = _NO_USAGE
-        if not self._end("settled"):
+        before = self._status
+        if before == "settled":
             return
-        rates = self.rates
+        rates, run = self.rates, self.run
         cost = rates.cost(usage) if rates is not None else None
-        for reservation in self._reservations:
-            try:
-                reservation.settle(usage, cost)
-            except Exception:  # whose code: a guard's; the next one still gets its money back
-                logger.exception("A reservation failed to settle and was passed over.")
-        run = self.run
-        run.count(call, usage, cost, clamped=self.max_output_tokens is not None and self.is_clamped)
+        is_counted = False
+        try:
+            if not self._end("settled"):
+                return
+            _settle_all(self._reservations, usage, cost)
+            is_counted = True
+            run.count(call, usage, cost, clamped=self.max_output_tokens is not None and self.is_clamped)
+        except BaseException:  # a signal handler's: the call is over all the same, and nothing of it stays held
+            if self._status == "settled":
+                self.run.root.open_work.pop(self, None)
+                _end_all(self._reservations, "settle", usage, cost)
+                if not is_counted:
+                    run.count(call, usage, cost, clamped=self.is_clamped)
+            raise
         outcome = Outcome("settled", usage, cost, error, result)
         # run.hooks(), without the call where the run has no guards of its own.
         hooks = run.watchdog.plugins.bound_hooks if run.guards is None else run.hooks()
         for observer in hooks.call_settled:
             try:
                 observer(run, call, outcome)
-            except Exception:  # whose code: a plugin's; observers fail open
+            except Exception as raised:  # whose code: a plugin's; observers fail open
+                if is_interrupt(raised):
+                    raise
                 logger.exception("An observer of settled calls failed and was passed over.")
         if hooks.step:
             run.tell_step(
@@ -194,31 +208,44 @@ class Ticket:
 
     def release(self, error: BaseException | None = None) -> None:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""
-        if not self._end("released"):
-            return
-        release_all(self._reservations)
+        try:
+            if not self._end("released"):
+                return
+            release_all(self._reservations)
+        except BaseException:  # a signal handler's: nothing was sent all the same
+            if self._status == "released":
+                self.run.root.open_work.pop(self, None)
+                _end_all(self._reservations, "release")
+            raise
         self._tell_failed(Outcome("released", None, 0, error))
 
     def charge(self, error: BaseException | None = None, *, result: object = None) -> None:
         """Tell that the call may have been sent and that its usage is unknown: it costs its upper bound."""
-        if not self._end("charged"):
-            return
-        bounds: list[int | None] = []
-        for reservation in self._reservations:
-            try:
-                bounds.append(reservation.charge())
-            except Exception:  # whose code: a guard's; the next one is still charged
-                logger.exception("A reservation failed to charge and was passed over.")
+        try:
+            if not self._end("charged"):
+                return
+            cost = self._count_charge(_charge_all(self._reservations))
+        except BaseException:  # a signal handler's: the call may have been sent all the same
+            if self._status == "charged":
+                self.run.root.open_work.pop(self, None)
+                self._count_charge(_end_all(self._reservations, "charge"))
+            raise
+        if self._status != "charged":
+            return  # its usage came in while it was being charged
+        self._tell_failed(Outcome("charged", None, cost, error, result))
+
+    def _count_charge(self, bounds: list[int | None]) -> int | None:
+        """Count what the call was charged, once."""
         # Where nothing was held, because no budget covers the call, its bound was never worked out.
         cost = max((bound for bound in bounds if bound is not None), default=None if self.rates is None else 0)
         with _ticket_lock:
             # Its usage may have come in while it was being charged.
-            if self._status != "charged":
-                return
+            if self._status != "charged" or self._is_charge_counted:
+                return cost
             self._charged_cost = cost
             self._is_charge_counted = True
         self.run.count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)
-        self._tell_failed(Outcome("charged", None, cost, error, result))
+        return cost
 
     def touch(self) -> None:
         """Tell that something of the answer has come in, and more is to follow: a stream that flows is not stalled."""
@@ -250,7 +277,9 @@ class Ticket:
         for observer in self.run.hooks().call_failed:
             try:
                 observer(self.run, self.call, outcome)
-            except Exception:  # whose code: a plugin's; observers fail open
+            except Exception as error:  # whose code: a plugin's; observers fail open
+                if is_interrupt(error):
+                    raise
                 logger.exception("An observer of failed calls failed and was passed over.")
 
 
@@ -266,10 +295,50 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _settle_all(reservations: list[Reservation], usage: Usage, cost_pico: int | None) -> None:
+    for reservation in reservations:
+        try:
+            reservation.settle(usage, cost_pico)
+        except Exception as error:  # whose code: a guard's; the next one still gets its money back
+            if is_interrupt(error):
+                raise
+            logger.exception("A reservation failed to settle and was passed over.")
+
+
+def _charge_all(reservations: list[Reservation]) -> list[int | None]:
+    bounds: list[int | None] = []
+    for reservation in reservations:
+        try:
+            bounds.append(reservation.charge())
+        except Exception as error:  # whose code: a guard's; the next one is still charged
+            if is_interrupt(error):
+                raise
+            logger.exception("A reservation failed to charge and was passed over.")
+    return bounds
+
+
 def release_all(reservations: list[Reservation]) -> None:
     """Give back what guards hold for a call that is not sent."""
     for reservation in reservations:
         try:
             reservation.release()
-        except Exception:  # whose code: a guard's; the next one is still released
+        except Exception as error:  # whose code: a guard's; the next one is still released
+            if is_interrupt(error):
+                raise
             logger.exception("A reservation failed to be released and was passed over.")
+
+
+def release_interrupted(reservations: list[Reservation]) -> None:
+    """Do what ``release_all`` does on the way of a signal handler's exception, which goes on afterwards."""
+    _end_all(reservations, "release")
+
+
+def _end_all(reservations: list[Reservation], how: str, *given: object) -> list[int | None]:
+    """End every reservation after an interruption, also those that may have been ended before it: for a second time nothing happens."""
+    answers: list[int | None] = []
+    for reservation in reservations:
+        try:
+            answers.append(getattr(reservation, how)(*given))
+        except Exception:  # whose code: a guard's; what interrupted the call goes on afterwards
+            logger.exception("A reservation failed to end and was passed over.")
+    return answers

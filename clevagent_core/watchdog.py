@@ -23,6 +23,7 @@ from clevagent_core.control import Control
 from clevagent_core.errors import LedgerError, UsageError
 from clevagent_core.frames import Frame, Within, frame_of, living
 from clevagent_core.incidents import IncidentTeller
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.ledger.account import Ledger
 from clevagent_core.plugins import Plugins
 from clevagent_core.pricing import Rates
@@ -424,6 +425,8 @@ def _attach_to_imported(reference: weakref.ref[Watchdog], name: str, module: obj
     try:
         watchdog.attach(name)
     except Exception as error:  # whose code: ours, inside the user's import; it must not fail for that, but it is told
+        if is_interrupt(error):
+            raise
         logger.exception("ClevAgent could not attach to %s.", name)
         watchdog.tell(
             Incident(

@@ -14,6 +14,7 @@ from clevagent_core.calls import Call, LLMCall, Path, Usage
 from clevagent_core.errors import UsageError
 from clevagent_core.guards.messages import deadline_incident, near_deadline_incident, refusal_incident
 from clevagent_core.hookspecs import hookimpl
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.ledger.account import Hold, Line, Refusal, StaleAccount
 from clevagent_core.pricing import Rates, unknown_price_message
 from clevagent_core.verdicts import Incident, Stop
@@ -136,7 +137,9 @@ class BudgetGuard:
         token = _is_asking.set(True)
         try:
             return action(incident)
-        except Exception:  # whose code: the user's callable; a fault in it lets nothing through
+        except Exception as error:  # whose code: the user's callable; a fault in it lets nothing through
+            if is_interrupt(error):
+                raise
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", incident.budget)
             return None
         finally:
@@ -299,7 +302,9 @@ class BudgetGuard:
         token = _is_asking.set(True)
         try:
             wanted = action(incident)
-        except Exception as error:
+        except Exception as error:  # whose code: as above
+            if is_interrupt(error):
+                raise
             logger.exception("The on_exceed callable of the budget %r failed; the call stays refused.", budget.label)
             return Stop(incident=replace(incident, details={**incident.details, "error": repr(error)})), False
         finally:

@@ -35,6 +35,8 @@ import uuid
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
+from clevagent_core.interrupts import is_interrupt
+
 _hash: Callable[[Hashable], int] = hash
 """What makes a number of strings, bytes and tuples of such numbers: the one thing to exchange for lasting fingerprints."""
 
@@ -229,7 +231,9 @@ class _Walk:
         """Fingerprint ``value``; what cannot be read counts by its type."""
         try:
             return self._any(value, 0)
-        except Exception:  # whatever is wrong with it: fingerprints are taken on the way of the user's own calls
+        except Exception as error:  # whatever is wrong with it: fingerprints are taken on the way of the user's own calls
+            if is_interrupt(error):
+                raise
             return _opaque(value)
 
     def _text(self, text: str, depth: int) -> _Pair:
@@ -327,7 +331,9 @@ class _Walk:
         """Fingerprint what JSON does not know. One that cannot be read must not spoil what it lies in."""
         try:
             return self._subclass(value, depth)
-        except Exception:  # objects of the user's may do anything when they are looked into
+        except Exception as error:  # objects of the user's may do anything when they are looked into
+            if is_interrupt(error):
+                raise
             return _opaque(value)
 
     def _subclass(self, value: Any, depth: int) -> _Pair:
@@ -485,7 +491,9 @@ def _opaque(value: object) -> _Pair:
     size = len(value) if kind in (dict, list, tuple, set, frozenset) else -1  # type: ignore[arg-type]  # one of these
     try:
         number = _hash(("opaque", _name_of(kind), size))
-    except Exception:  # a metaclass of the user's may do anything
+    except Exception as error:  # a metaclass of the user's may do anything
+        if is_interrupt(error):
+            raise
         return _UNKNOWN
     return number, number
 

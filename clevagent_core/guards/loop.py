@@ -22,6 +22,7 @@ from clevagent_core.guards.fingerprints import arguments_of, message_of, result_
 from clevagent_core.guards.messages import Mark, as_told, loop_incident, ping_incident
 from clevagent_core.guards.repetition import SAME_FAILURE, Finding, Repetition, Sign
 from clevagent_core.hookspecs import hookimpl
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.settings import OnLoop, check_on_loop
 from clevagent_core.verdicts import Incident, Stop
 
@@ -369,7 +370,9 @@ class LoopGuard:
         """Ask the user's callable; tell whether the run may go on."""
         try:
             return bool(on_loop(incident) == "warn")  # type: ignore[operator]  # the caller has seen that it can be called
-        except Exception:  # whose code: the user's
+        except Exception as error:  # whose code: the user's
+            if is_interrupt(error):
+                raise
             logger.exception("The on_loop callable failed; the run stays stopped.")
             return False
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from clevagent_core.errors import LedgerError
+from clevagent_core.interrupts import is_interrupt
 
 BUSY_S = 5.0
 """How long SQLite waits for a program that does not take our lock: a backup, a shell."""
@@ -107,6 +108,7 @@ class Database:
                     self.is_committed = True
                 except BaseException as error:
                     is_trouble = isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and not is_begun)
+                    is_trouble = is_trouble and not is_interrupt(error)  # a TimeoutError is an OSError, too
                     # Interrupted just after the commit, there is nothing left to take back.
                     is_taken_back = self._roll_back()
                     self.is_committed = is_done and not is_trouble and not is_taken_back
@@ -172,6 +174,8 @@ class Database:
         try:
             found = self._identity_now()
         except OSError as error:
+            if is_interrupt(error):
+                raise
             raise explained(error, self.path) from error
         if self._connection is not None and found == self.identity:
             return
@@ -196,6 +200,8 @@ class Database:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
         except (sqlite3.Error, OSError) as error:
             self._close()
+            if is_interrupt(error):
+                raise
             raise explained(error, self.path) from error
         except BaseException:
             self._close()
@@ -301,8 +307,9 @@ class _Checkpointer:
     def poke(self) -> None:
         self._wanted.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="clevagent-ledger", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="clevagent-ledger", daemon=True)
+            thread.start()
+            self._thread = thread  # not before: a signal handler may raise in start()
 
     def _work(self) -> None:
         while True:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Literal, cast
 
 from clevagent_core.baselines import KEPT
 from clevagent_core.budgets import Amounts
@@ -88,11 +89,17 @@ class MemoryLedger:
                 if refusal is not None:
                     return refusal
             hold = Hold(lines, amounts, expires_at, owner)
-            for account, unit, _ in lines:
-                account.held += amounts[unit]
+            going_through = iter(lines)
+            try:
+                for account, unit, _ in going_through:
+                    account.held += amounts[unit]
+            except BaseException:  # a signal handler's, between two lines: nothing is held
+                _move(going_through, amounts, _NOTHING)
+                _move(lines, _less(_NOTHING, amounts), _NOTHING)
+                raise
+            self._holds[hold] = None
             if not is_plain:
                 hold.notices = _holding_notices(lines)
-            self._holds[hold] = None
             return hold
 
     def is_news(self, refusal: Refusal) -> bool:
@@ -105,8 +112,7 @@ class MemoryLedger:
         with self._lock:
             if hold.state == "settled":
                 return []
-            notices = self._spend(hold, amounts)
-            hold.state = "settled"
+            notices = self._spend(hold, amounts, "settled")
         self.changes.notify()
         return notices
 
@@ -115,10 +121,7 @@ class MemoryLedger:
         with self._lock:
             if hold.state != "open":
                 return
-            self._holds.pop(hold, None)
-            for account, unit, _ in hold.lines:
-                account.held -= hold.amounts[unit]
-            hold.state = "released"
+            self._spend(hold, _NOTHING, "released")
         self.changes.notify()
 
     def charge(self, hold: Hold) -> list[Notice]:
@@ -126,8 +129,7 @@ class MemoryLedger:
         with self._lock:
             if hold.state != "open":
                 return []
-            notices = self._spend(hold, hold.amounts)
-            hold.state = "charged"
+            notices = self._spend(hold, hold.amounts, "charged")
         self.changes.notify()
         return notices
 
@@ -197,19 +199,29 @@ class MemoryLedger:
         if self._accounts.get(account.key) is account:
             del self._accounts[account.key]
 
-    def _spend(self, hold: Hold, amounts: Amounts) -> list[Notice]:
+    def _spend(self, hold: Hold, amounts: Amounts, state: Literal["released", "settled", "charged"]) -> list[Notice]:
+        """Take off what is held, and add what was spent. Atomic also where a signal handler raises: then it is done all the same."""
         notices: list[Notice] = []
         held, before = hold.amounts if hold.state == "open" else _NOTHING, hold.charged or _NOTHING
+        is_close = False
+        going_through = iter(hold.lines)
+        try:
+            # Nothing is called in it, so that it can be interrupted between two lines only.
+            for account, unit, _ in going_through:
+                account.held -= held[unit]
+                account.spent = spent = account.spent + amounts[unit] - before[unit]
+                is_close = is_close or spent >= account.warn_mark or spent > account.ceiling
+        except BaseException:
+            _move(going_through, _less(_NOTHING, held), _less(amounts, before))
+            hold.charged, hold.state = None if state == "released" else amounts, state
+            self._holds.pop(hold, None)
+            raise
+        hold.charged, hold.state = None if state == "released" else amounts, state
         # In a forked child the holds of its parent are not there any more.
         self._holds.pop(hold, None)
-        for line in hold.lines:
-            account, unit, _ = line
-            account.held -= held[unit]
-            added = amounts[unit] - before[unit]
-            account.spent = spent = account.spent + added
-            if spent >= account.warn_mark or spent > account.ceiling:
-                notices += spending_notices(line, added)
-        hold.charged = amounts
+        if is_close and state != "released":
+            for line in hold.lines:
+                notices += spending_notices(line, amounts[line.unit] - before[line.unit])
         return notices
 
     def _after_fork(self) -> None:
@@ -220,6 +232,17 @@ class MemoryLedger:
         for account in self._accounts.values():
             account.closed = True
         self._accounts, self._holds = {}, {}
+
+
+def _move(lines: Iterable[Line], held: Amounts, spent: Amounts) -> None:
+    """Add to what is held and to what is spent on every line. For what an exception has interrupted; else this is done in place."""
+    for account, unit, _ in lines:
+        account.held += held[unit]
+        account.spent += spent[unit]
+
+
+def _less(amounts: Amounts, others: Amounts) -> Amounts:
+    return cast("Amounts", tuple(map(int.__sub__, amounts, others)))
 
 
 def _fit_plainly(lines: Sequence[Line], amounts: Amounts) -> bool:

@@ -9,6 +9,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from clevagent_core.interrupts import is_interrupt
+
 
 def owner_path(path: Path, owner: int) -> Path:
     """Name the file by whose lock an owner is seen to be alive."""
@@ -35,7 +37,9 @@ def is_locked(path: Path) -> bool:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
-    except OSError:
+    except OSError as error:
+        if is_interrupt(error):
+            raise
         return True  # nobody can tell
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

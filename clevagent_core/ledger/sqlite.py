@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from clevagent_core.baselines import KEPT
 from clevagent_core.budgets import UNITS, USD, Amounts
 from clevagent_core.clock import Clock
 from clevagent_core.errors import LedgerError, UsageError
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.ledger.account import (
     Account,
     AccountKey,
@@ -127,8 +128,9 @@ class _PolledChanges(Changes):
         unsubscribe = super().subscribe(listener)
         with self._lock:
             if self._poller is None:
-                self._poller = threading.Thread(target=self._poll, name="clevagent-ledger-changes", daemon=True)
-                self._poller.start()
+                thread = threading.Thread(target=self._poll, name="clevagent-ledger-changes", daemon=True)
+                thread.start()
+                self._poller = thread  # not before: a signal handler may raise in start()
         return unsubscribe
 
     def _poll(self) -> None:
@@ -203,19 +205,25 @@ class SqliteLedger:
             me = self._owner or self._enter()
             ids = [line.account.id for line in lines]  # type: ignore[attr-defined]  # open() gave them
             is_usual = not wrap_up and all(line.enforced and not line.account.closed for line in lines)
-            with database.transaction() as execute:
-                if not (is_usual and execute(reserve_sql(len(ids)), (*amounts, *ids, *amounts, *amounts)).rowcount == len(ids)):
-                    if is_usual:
-                        # Some of them were held; this one goes the long way.
-                        execute("ROLLBACK")
-                        execute("BEGIN IMMEDIATE")
-                    refusal = self._hold_or_refuse(execute, hold, wrap_up=wrap_up)
-                    if refusal is not None:
-                        return refusal
-                self._last_hold += 1
-                hold.id, hold.owner_id, hold.pid = me.id << 32 | self._last_hold, me.id, self._pid
-                execute(INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
-            self._holds[hold] = None
+            try:
+                with database.transaction() as execute:
+                    if not (is_usual and execute(reserve_sql(len(ids)), (*amounts, *ids, *amounts, *amounts)).rowcount == len(ids)):
+                        if is_usual:
+                            # Some of them were held; this one goes the long way.
+                            execute("ROLLBACK")
+                            execute("BEGIN IMMEDIATE")
+                        refusal = self._hold_or_refuse(execute, hold, wrap_up=wrap_up)
+                        if refusal is not None:
+                            return refusal
+                    self._last_hold += 1
+                    hold.id, hold.owner_id, hold.pid = me.id << 32 | self._last_hold, me.id, self._pid
+                    # Before the commit: were a thread interrupted just after it, nobody would know of the hold.
+                    self._holds[hold] = None
+                    execute(INSERT_HOLD, (hold.id, me.id, ",".join(map(str, ids)), *amounts))
+            except BaseException:
+                if not database.is_committed:
+                    self._holds.pop(hold, None)
+                raise
         return hold
 
     def is_news(self, refusal: Refusal) -> bool:
@@ -230,7 +238,11 @@ class SqliteLedger:
 
     def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         """See :meth:`Ledger.settle`."""
-        return [] if hold.state == "settled" else self._close_hold(hold, "settled", amounts)
+        if hold.state != "settled":
+            return self._close_hold(hold, "settled", amounts)
+        if self._closing:
+            self._catch_up()  # it was interrupted before it could be written
+        return []
 
     def release(self, hold: Hold) -> None:
         """See :meth:`Ledger.release`."""
@@ -430,7 +442,6 @@ class SqliteLedger:
 
     def _close_all(self, closing: list[_Closing], over: list[tuple[float, int]]) -> None:
         notices = []
-        taken = 0
         try:
             with self._database.transaction() as execute:
                 for one in closing:
@@ -440,10 +451,10 @@ class SqliteLedger:
                 # Before the commit: were a thread interrupted just after it, all would be counted twice.
                 for _ in closing:
                     self._closing.popleft()
-                    taken += 1
         except BaseException:
             if not self._database.is_committed:
-                self._closing.extendleft(reversed(closing[:taken]))
+                # Not by a count: an interruption can come in between taking one out and counting it.
+                self._closing.extendleft(reversed(_missing(closing, self._closing)))
             raise
         del self._over[: len(over)]
         self._notices += notices
@@ -516,7 +527,7 @@ class SqliteLedger:
             if lock_fd >= 0 and not self._database.is_committed:
                 path.unlink(missing_ok=True)
                 os.close(lock_fd)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not is_interrupt(error):
                 raise LedgerError(
                     f"The ledger {str(self._database.path)!r} could not be used: the file {str(path)!r}, by whose lock other processes "
                     f"see that this one is alive, cannot be made ({error}). Nothing was let through. Make the folder writable."
@@ -586,6 +597,11 @@ class SqliteLedger:
         self._start_anew()
         if me is not None:
             os.close(me.lock_fd)  # the parent's stays locked: it belongs to the file as the parent has it open
+
+
+def _missing(all_of_them: Sequence[_Closing], those: Iterable[_Closing]) -> list[_Closing]:
+    there = set(map(id, those))
+    return [one for one in all_of_them if id(one) not in there]
 
 
 _ZERO: Amounts = (0, 0, 0, 0, 0, 0)
