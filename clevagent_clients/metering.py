@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, cast
 
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.tickets import Ticket
 from clevagent_providers.answers import Reader
 from clevagent_providers.outcomes import fail, settle
@@ -89,7 +90,10 @@ class Meter:
                 self._event(bytes(self._kept))
             elif error is None:
                 reader.whole(json.loads(self._kept))
-        except Exception:  # whose code: a provider's, or ours; what cannot be read is charged its bound
+        except Exception as failed:  # whose code: a provider's, or ours; what cannot be read is charged its bound
+            if is_interrupt(failed):
+                self._ticket.charge(failed)
+                raise
             logger.debug("The answer of a provider cannot be read.", exc_info=True)
         if reader.is_final:
             settle(self._ticket, reader.usage, reader.answer())
@@ -116,7 +120,9 @@ class Meter:
         try:
             parsed = json.loads(data)
             is_usage = isinstance(parsed, dict) and self._reader.event(parsed)
-        except Exception:  # whose code: a provider's, or ours; the user's SDK says what it thinks of it
+        except Exception as error:  # whose code: a provider's, or ours; the user's SDK says what it thinks of it
+            if is_interrupt(error):
+                raise
             logger.debug("An event of a provider's stream cannot be read.", exc_info=True)
             return False
         if isinstance(parsed, dict) and parsed.get("type") == "message_stop":

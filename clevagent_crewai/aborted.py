@@ -12,6 +12,7 @@ from crewai.hooks.dispatch import HookAborted
 
 from clevagent_core.errors import ClevAgentError, Stopped, passing
 from clevagent_core.frames import frame_of
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.verdicts import Incident
 from clevagent_crewai.caches import cache
 
@@ -49,9 +50,10 @@ def aborting(outer: type[BaseException] | None) -> type[BaseException]:
 def aborted_by(error: Exception, watchdog: Watchdog) -> Exception:
     """Give what to raise through a crew when a call could not even be asked for: it must not be made, and not be tried again.
 
-    A mistake of the user's (a price that is unknown) stays the error that it is; a bug of ours becomes ``Stopped``.
+    A mistake of the user's (a price that is unknown), and what a signal handler raised, stays the error that it is; a bug of ours becomes
+    ``Stopped``.
     """
-    if isinstance(error, HookAborted):
+    if isinstance(error, HookAborted) or is_interrupt(error):
         return error
     if isinstance(error, ClevAgentError):
         through = _through_crews(type(error))(*error.args)

@@ -18,6 +18,7 @@ from clevagent_core import default
 from clevagent_core.calls import Step
 from clevagent_core.errors import UsageError
 from clevagent_core.frames import frame_of, living
+from clevagent_core.interrupts import is_interrupt
 
 if TYPE_CHECKING:
     from clevagent_core.budgets import Budget, OnExceed
@@ -63,7 +64,9 @@ class StepCallback:
             if told is None:
                 told = getattr(output, "result", None)
             watchdog.current_run().step(Step(kind=kind, name=name, detail=_detail(agent, tool, told)))
-        except Exception:  # whose code: ours, in the user's crew, which would run the whole task again
+        except Exception as error:  # whose code: ours, in the user's crew, which would run the whole task again
+            if is_interrupt(error):
+                raise
             logger.exception("ClevAgent could not tell a step; the crew goes on.")
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -97,7 +100,9 @@ class TaskCallback:
             watchdog.current_run().step(
                 Step(kind="task", name=str(name), detail=_detail(agent, None, getattr(output, "raw", None)))
             )
-        except Exception:  # whose code: ours, in the user's crew
+        except Exception as error:  # whose code: ours, in the user's crew
+            if is_interrupt(error):
+                raise
             logger.exception("ClevAgent could not tell a finished task; the crew goes on.")
 
     def __reduce__(self) -> str | tuple[Any, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from clevagent_core.bounds import is_opaque
 from clevagent_core.calls import LLMCall
+from clevagent_core.interrupts import is_interrupt
 from clevagent_crewai.caches import cache
 from clevagent_providers import requests
 
@@ -102,7 +103,9 @@ def describe(model: Any, dialect: Dialect, messages: Any, tools: Any, response_m
     call = LLMCall(model=sent_name(model), clamp=dialect.is_known, provider=dialect.provider)
     try:
         _read(call, model, dialect, messages, tools, response_model)
-    except Exception:  # whose code: ours, or a model's own; what cannot be read counts as the context window
+    except Exception as error:  # whose code: ours, or a model's own; what cannot be read counts as the context window
+        if is_interrupt(error):
+            raise
         logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
         call.opaque = True
     return call

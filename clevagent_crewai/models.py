@@ -24,6 +24,7 @@ from clevagent_core import default
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import Stopped, UsageError
+from clevagent_core.interrupts import is_interrupt
 from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.caches import cache
 from clevagent_crewai.calls import Call, again, call_of, plain_class, root_of, subclass, view_of
@@ -221,7 +222,9 @@ def _retries(model: BaseLLM, dialect: Dialect, is_async: bool) -> int:  # noqa: 
             return 0
         try:
             client = get()
-        except Exception:  # whose code: CrewAI's; a client that cannot be made (no key) is its own error, told by the call
+        except Exception as error:  # whose code: CrewAI's; a client that cannot be made (no key) is its own error, told by the call
+            if is_interrupt(error):
+                raise
             logger.debug("The client of a model cannot be made.", exc_info=True)
             return 0
         retries = getattr(client, "max_retries", 0) if hasattr(client, "with_options") else 0

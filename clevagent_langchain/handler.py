@@ -22,6 +22,7 @@ from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
 from clevagent_core.frames import Frame, frame_of
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
@@ -127,7 +128,10 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         except UnusableUsage as problem:
             tell_unusable(ticket, problem)
             ticket.settle(result=answer_of(response))
-        except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+        except Exception as error:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+            if is_interrupt(error):
+                ticket.charge(error)
+                raise
             logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
             ticket.settle()
         finally:
@@ -263,7 +267,9 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             if is_opaque or not facts.is_plain:
                 call.tools, call.answers, call.rounds, call.audio = facts.tools, facts.answers, facts.rounds, facts.is_audio
                 call.opaque = facts.is_unbounded or is_opaque
-        except Exception:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
+        except Exception as error:  # whose code: ours, in the user's agent; what cannot be read counts as the context window
+            if is_interrupt(error):
+                raise
             logger.exception("ClevAgent could not read a request; it counts as the model's whole context window.")
             call = LLMCall(model=model, opaque=True)
         frame = frame_of(self.watchdog)

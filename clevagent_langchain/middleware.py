@@ -24,6 +24,7 @@ from clevagent_core.accounts import scopes
 from clevagent_core.budgets import UNITS, Budget, as_budgets
 from clevagent_core.errors import BudgetBusy, LoopDetected, Stopped, UsageError
 from clevagent_core.guards.loop import LoopGuard
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import Watchdog
@@ -165,6 +166,8 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
                     with invocation.run.wrap_up():
                         written = written_closing(handler(closing_request(request, invocation.ending)), invocation.ending)
                 except Exception as error:  # whose code: the provider's, or a refusal: the plain text does not depend on either
+                    if is_interrupt(error):
+                        raise
                     _tell_unwritten(error)
         return self._closed(request, seat, invocation.ending, written)
 
@@ -190,6 +193,8 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
                     with invocation.run.wrap_up():
                         written = written_closing(await handler(closing_request(request, invocation.ending)), invocation.ending)
                 except Exception as error:  # whose code: the provider's, or a refusal: the plain text does not depend on either
+                    if is_interrupt(error):
+                        raise
                     _tell_unwritten(error)
         return self._closed(request, seat, invocation.ending, written)
 

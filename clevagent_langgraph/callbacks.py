@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from clevagent_core import default
 from clevagent_core.calls import Step
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.runs import Run
 
 logger = logging.getLogger("clevagent")
@@ -32,7 +33,9 @@ def node_callback(node: str | Mapping[str, object], state: object = None) -> Non
         run = default.current().current_run()
         for name, update in updates.items():
             _step(run, name, update)
-    except Exception:  # whose code: ours, in the user's program
+    except Exception as error:  # whose code: ours, in the user's program
+        if is_interrupt(error):
+            raise
         logger.exception("ClevAgent could not tell a step; the program goes on.")
 
 

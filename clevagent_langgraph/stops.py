@@ -16,6 +16,7 @@ from langgraph.config import get_config
 from langgraph.errors import GraphBubbleUp, GraphInterrupt
 from langgraph.types import Interrupt
 
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.money import PICO_PER_USD, format_usd
 from clevagent_core.verdicts import Incident
 
@@ -132,5 +133,7 @@ def _answer_waits() -> bool:
         scratchpad = get_config()["configurable"]["__pregel_scratchpad"]
         # Taking it tells: this task ends here, and takes it from the checkpoint when it is run again.
         return scratchpad.get_null_resume(True) is not None
-    except Exception:  # whose code: LangGraph's, which promises none of this
+    except Exception as error:  # whose code: LangGraph's, which promises none of this
+        if is_interrupt(error):
+            raise
         return False

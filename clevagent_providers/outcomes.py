@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.interrupts import is_interrupt
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 from clevagent_providers.failures import may_be_billed
@@ -28,7 +29,10 @@ def settle(ticket: Ticket, read: Callable[[], Usage | None], answer: object = No
         usage = read()
     except UnusableUsage as problem:
         tell_unusable(ticket, problem)
-    except Exception:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+    except Exception as error:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+        if is_interrupt(error):
+            ticket.charge(error, result=answer)
+            raise
         logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
     ticket.settle(usage, result=answer)
 
