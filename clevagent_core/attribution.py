@@ -8,6 +8,7 @@ the one around all that are; where there is none, and what is active has budgets
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 
 from clevagent_core.frames import Look, Outlived, blocks_of, has_budgets, look
@@ -40,6 +41,14 @@ def run_of_call(process: Run, active: Mapping[Run, bool], *, tells: bool = True)
     if run_around is not None or not candidates:
         return run_around or process
     return refusing(process, candidates) or _told(process, candidates, tells=tells)
+
+
+def known_run(process: Run) -> Run | None:
+    """Find the run of code that no frame claims, where that is known; ``None`` where it is anybody's."""
+    candidates = _candidates(process, look(process.watchdog), [])
+    if isinstance(candidates, Run):
+        return candidates
+    return process if _knows_by_context() and not candidates else None
 
 
 def run_around_work(process: Run, active: Mapping[Run, bool]) -> Run | None:
@@ -89,13 +98,16 @@ def _candidates(process: Run, found: Look, active: list[Run]) -> Run | list[Run]
     if found.is_consumer:
         return process
     # A task inherits the run that it is begun in; but not from a generator that is stepped by several.
-    return blocks_of(process.watchdog) if _is_in_event_loop() else active
+    return blocks_of(process.watchdog) if _knows_by_context() else active
 
 
-def _is_in_event_loop() -> bool:
+def _knows_by_context() -> bool:
+    """Tell whether the context tells of every run that this code is begun in: a task's does, and what one hands to a thread of these."""
     asyncio = sys.modules.get("asyncio")
     running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
-    return running_loop is not None and running_loop() is not None
+    if running_loop is not None and running_loop() is not None:
+        return True
+    return type(threading.current_thread()).__module__.startswith(("anyio.", "asgiref."))
 
 
 def _outlived(process: Run, run: Outlived) -> Run:

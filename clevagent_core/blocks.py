@@ -32,6 +32,7 @@ class Starter(Protocol):
         dry_run: bool,
         guards: Sequence[object],
         is_block: bool,
+        inherited: bool,
     ) -> Run:
         """Begin a run."""
         ...
@@ -119,7 +120,7 @@ class RunBlock:
 
         return run_sync
 
-    def _start(self) -> Run:
+    def _start(self, *, inherited: bool = True) -> Run:
         watchdog = self._watchdog()
         around = frame_of(watchdog)
         return watchdog.start_run(
@@ -129,12 +130,13 @@ class RunBlock:
             dry_run=self._dry_run,
             guards=self._guards,
             is_block=True,
+            inherited=inherited,
         )
 
     @contextmanager
     def _stepped(self) -> Iterator[_Steps]:
         """Begin a run that is in force in the steps of one generator only."""
-        run = self._start()
+        run = self._start(inherited=False)
         frame = stands(run.watchdog, run)
         try:
             yield _Steps(frame)
@@ -205,7 +207,9 @@ class _Steps:
         self._before: Frame | None = None
 
     def __enter__(self) -> None:
+        self._frame.watchdog.set_active(self._frame.run, is_active=True)
         self._before = stand_in(self._frame)
 
     def __exit__(self, *exception: object) -> None:
         stand_in(self._before)
+        self._frame.watchdog.set_active(self._frame.run, is_active=False)

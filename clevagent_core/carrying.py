@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clevagent_core.frames import Frame, carry, mark, stand_in
+from clevagent_core.frames import Frame, carry, mark, work_in
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -95,11 +95,11 @@ def _handing_over(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _work(frame: Frame, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    before = stand_in(frame)
+    before = work_in(frame)
     try:
         return function(*args, **kwargs)
     finally:
-        stand_in(before)
+        work_in(before)
 
 
 def _all() -> list[Watchdog]:

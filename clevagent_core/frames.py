@@ -13,6 +13,7 @@ Nothing here blocks; all of it is safe from any thread. Checked with CPython 3.1
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 Ending = Callable[["Incident"], type[BaseException] | None]
 """Gives, for what was refused, the exception type by which the framework around is ended; ``None`` to leave it at ``through``."""
 
-_SPLITTERS = ("contextlib", "_pytest.", "pluggy", "pytest_asyncio", "anyio.pytest_plugin", "clevagent_core.")
-"""Modules that step a generator once to enter a block, and once more to leave it; and ours, between a block and who opened it."""
+_SPLITTERS = ("contextlib", "_pytest.", "pluggy", "pytest_asyncio", "anyio.pytest_plugin")
+"""Modules that step a generator once to enter a block, and once more to leave it."""
 _COPIERS = ("anyio", "asyncio.threads", "concurrent.futures", "asgiref")
 """Modules that run a function in a copy of the context, which is thrown away afterwards with all that was set in it."""
 
@@ -137,6 +138,8 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.mark = object()
+        self.item: Frame | None = None
+        """What the piece of work stands in that a pool does here."""
 
 
 _here = _Here()
@@ -175,8 +178,10 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
     else:
         base = frame_of(watchdog)
         frame = Frame(watchdog, run, base, activity, raw)
-        if _openers and base is not None and not _leads_to(raw, base):
-            frame.around = base
+        if _openers:
+            frame.around = _counting(raw)
+            if base is not None and not _leads_to(frame.around, base):
+                frame.around = base
     if begins:
         frame.block = Block(spot())
     _current.set(frame)
@@ -202,8 +207,8 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
 def leave(frame: Frame) -> None:
     """Leave a block, in whatever context. Never raises, and does nothing the second time."""
     finish(frame)
-    if frame.block is not None and frame.block.opener:
-        return  # perhaps the garbage collector closes the generator; who comes next takes it off
+    if _collecting_in == threading.get_ident():
+        return
     top = _current.get()
     # Only what is over may stand upon it: what has begun in it and goes on stays.
     while top is not None and top is not frame and top.is_over:
@@ -213,11 +218,7 @@ def leave(frame: Frame) -> None:
 
 
 def finish(frame: Frame) -> None:
-    """Let a frame be over, for whoever may be called by the garbage collector.
-
-    That runs while objects are made, and so in the middle of another ``ContextVar.set``, whose mapping a second ``set`` would free
-    (CPython 3.11: values are lost, for good, in this context and all that are copied from it).
-    """
+    """Let a frame be over, and leave the context as it is."""
     frame.is_over = True
     if frame.activity is not None:
         frame.activity.is_over = True
@@ -229,6 +230,23 @@ def finish(frame: Frame) -> None:
             _openers.pop(frame.block.opener, None)
     if _lost:
         _lost.pop(frame, None)
+
+
+_collecting_in: int | None = None
+"""The thread in which the garbage collector runs.
+
+Before CPython 3.12 that may be in the middle of a ``ContextVar.set``, which makes objects: a second ``set``, by what the collector
+closes, frees the mapping that the first one reads, and values are lost for good in this context and all that are copied from it.
+"""
+
+
+def _note_collection(phase: str, info: dict[str, int]) -> None:  # noqa: ARG001 - as gc calls it
+    global _collecting_in  # noqa: PLW0603 - there is one collector
+    _collecting_in = threading.get_ident() if phase == "start" else None
+
+
+if sys.version_info < (3, 12):
+    gc.callbacks.append(_note_collection)
 
 
 def left_by(frames: list[Frame]) -> Frame:
@@ -244,13 +262,30 @@ def left_by(frames: list[Frame]) -> Frame:
     return next((frame for frame in _chain(_current.get()) if frame in frames and not _is_generators(frame)), frames[-1])
 
 
+def _counting(frame: Frame | None) -> Frame | None:
+    """Look past the blocks of generators that this is the consumer of."""
+    stack = _stack()
+    while frame is not None and frame.block is not None and _is_passed(frame, frame.block, stack):
+        frame = frame.around
+    return frame
+
+
+def _is_passed(frame: Frame, block: Block, stack: dict[int, CodeType]) -> bool:
+    return bool(block.opener) and not frame.is_over and block.opener not in stack and block.is_own()
+
+
 def _is_generators(frame: Frame) -> bool:
     return frame.block is not None and frame.block.opener != 0
 
 
 def stands(watchdog: Any, run: Any) -> Frame:
     """Make what the steps of a generator stand in (``stand_in``), with what is around it now."""
-    frame = Frame(watchdog, run, frame_of(watchdog), None, _current.get())
+    base, raw = frame_of(watchdog), _current.get()
+    frame = Frame(watchdog, run, base, None, raw)
+    if _openers:
+        frame.around = _counting(raw)
+        if base is not None and not _leads_to(frame.around, base):
+            frame.around = base
     frame.block = Block(None)
     return frame
 
@@ -301,12 +336,12 @@ def stand_in(frame: Frame | None) -> Frame | None:
 def entry(watchdog: Any) -> Frame | None:
     """Find what an entry point must stand in that hands its work to other tasks or threads; ``None`` where the context tells them.
 
-    It does not where a generator's block is open: they would inherit that of one that only left it there.
+    It does not where a generator's block is open, or was: they would inherit that of one that only left it there.
     """
-    if not _openers:
-        return None
     top = _current.get()
-    frame = look(watchdog).frame
+    if top is None and not _openers:
+        return None
+    frame = frame_of(watchdog)
     if frame is top:
         return None
     return frame if frame is not None else Frame(watchdog, watchdog.current_run(), None, None, None)
@@ -319,7 +354,7 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
     """
     was_split = False
     while True:
-        while python is not None and _kind_of(python) == "splits":
+        while python is not None and (_kind_of(python) == "splits" or _is_ours(python)):
             python = python.f_back
         if python is None or not _is_generator(python.f_code):
             return (None, None) if was_split and python is not None and _kind_of(python) == "copies" else None
@@ -333,14 +368,26 @@ def _is_generator(code: CodeType) -> bool:
     return bool(code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)) and not code.co_flags & CO_ITERABLE_COROUTINE
 
 
+def _is_ours(python: FrameType) -> bool:
+    """Tell whether it stands between a block of ours and the code that opens it."""
+    return _kind_of(python) == "ours" and not _is_generator(python.f_code)
+
+
 def _kind_of(python: FrameType) -> str:
     """Tell what the module of a Python frame does with generators and contexts."""
     module = python.f_globals.get("__name__", "")
     found = _kinds.get(module)
     if found is None:
         name = str(module)
-        found = _kinds[module] = "splits" if name.startswith(_SPLITTERS) else "copies" if name.startswith(_COPIERS) else ""
+        found = _kinds[module] = _kind(name)
     return found
+
+
+def _kind(module: str) -> str:
+    for kind, modules in (("splits", _SPLITTERS), ("copies", _COPIERS), ("ours", ("clevagent_core.",))):
+        if module.startswith(modules):
+            return kind
+    return ""
 
 
 _kinds: dict[object, str] = {}
@@ -355,7 +402,7 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            return _marked(watchdog)[0] if _has_marks else None
+            return look(watchdog).frame if _is_carrying else None
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -382,31 +429,32 @@ class Look(NamedTuple):
 def look(watchdog: Any) -> Look:
     """Find what counts here, and what else the context tells."""
     stack = _stack() if _openers else {}
-    found: Frame | None = None
-    outlived: Outlived | None = None
-    is_consumer = is_item = False
-    for frame in _chain(_current.get()):
-        if frame.watchdog is None:
-            is_item = True
-        if frame.watchdog is not watchdog:
-            continue
-        if frame.is_over or frame.run.ended_at is not None:
-            if outlived is None and frame.block is not None and not frame.block.is_own():
-                found = _still_around(frame.run)
-                if found is not None:
-                    break
-                outlived = Outlived(frame.run.run_id, has_budgets(frame.run))
-        elif not _is_generators(frame) or frame.block.opener in stack or not frame.block.is_own():  # type: ignore[union-attr]  # just asked
-            found = frame
-            break
-        else:
-            is_consumer = is_consumer or _is_consumer(frame.block, stack)  # type: ignore[arg-type]  # as above
+    found, outlived, is_consumer = _search(watchdog, _current.get(), stack)
     stepped = _stepped(watchdog, stack) if stack else None
     if stepped is not None and not _leads_to(found, stepped):
-        found = stepped
-    if found is None and outlived is None and not is_item:
-        found, outlived = _marked(watchdog)
-    return Look(found, None if found is not None else outlived, is_consumer)
+        return Look(stepped, None, False)
+    if found is None and outlived is None:
+        item = _here.item
+        found, outlived, _ = _search(watchdog, item, stack) if item is not None else (*_marked(watchdog), False)
+    return Look(found, outlived, is_consumer and found is None)
+
+
+def _search(watchdog: Any, top: Frame | None, stack: dict[int, CodeType]) -> tuple[Frame | None, Outlived | None, bool]:
+    """Find what counts of a chain of frames; what would have, if it were not over; and whether a generator's block was passed."""
+    is_consumer = False
+    for frame in _chain(top):
+        if frame.watchdog is not watchdog:
+            continue
+        block = frame.block
+        if frame.is_over or frame.run.ended_at is not None:
+            if block is not None and not block.is_own():
+                found = _still_around(frame.run)
+                return found, None if found is not None else _outlived(frame.run), is_consumer
+        elif block is None or not _is_passed(frame, block, stack):
+            return frame, None, is_consumer
+        else:
+            is_consumer = is_consumer or _is_consumer(block, stack)
+    return None, None, is_consumer
 
 
 def _chain(frame: Frame | None) -> Iterator[Frame]:
@@ -459,8 +507,14 @@ def blocks_of(watchdog: Any) -> list[Any]:
     return [frame.run for frame in found if frame.watchdog is watchdog and frame.run.ended_at is None]
 
 
+def _outlived(run: Any) -> Outlived:
+    return Outlived(run.run_id, has_budgets(run))
+
+
 def has_budgets(run: Any) -> bool:
     """Tell whether something limits what a run may spend, beside what limits the whole process."""
+    if run.dry_run:
+        return False
     if any(one.budgets for one in run.chain()):
         return True
     return any(budget.per == "run" or budget.by is not None for budget in run.watchdog.settings.budgets)
@@ -480,22 +534,27 @@ class _Mark(NamedTuple):
 
 
 _MARKS = "_clevagent_marks"
-_has_marks = False
+_is_carrying = False
+"""Whether anything was ever carried: spares everybody else a look at the thread."""
+
+
+def _begin_carrying() -> None:
+    global _is_carrying  # noqa: PLW0603 - it never ends
+    _is_carrying = True
 
 
 def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
-        global _has_marks  # noqa: PLW0603 - spares those who start no thread a look at theirs
-        _has_marks = True
+        _begin_carrying()
         setattr(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))
 
 
 def _mark_of(frame: Frame) -> _Mark:
     run = frame.run
     activities = tuple(weakref.ref(activity) for activity in _carried(frame))
-    return _Mark(weakref.ref(frame.watchdog), weakref.ref(run), activities, frame.lent, Outlived(run.run_id, has_budgets(run)))
+    return _Mark(weakref.ref(frame.watchdog), weakref.ref(run), activities, frame.lent, _outlived(run))
 
 
 def _carried(frame: Frame) -> tuple[Activity, ...]:
@@ -520,14 +579,27 @@ def _marked(watchdog: Any) -> tuple[Frame | None, Outlived | None]:
 
 
 def carry(watchdogs: Iterable[Any]) -> Frame:
-    """Make what a piece of work for a pool stands in, wherever it is done: what stands here, without what holds for this call only."""
+    """Make what a piece of work for a pool stands in, wherever it is done: what stands here, without what holds for this call only.
+
+    Where it is known that this is outside of every run, that is known of the work, too; what nobody knows here, nobody knows there.
+    """
+    _begin_carrying()
     bottom = Frame(None, None, None, None, None)
-    for frame in [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]:
-        made = Frame(frame.watchdog, frame.run, None, None, bottom)
-        made.activities, made.lent = _carried(frame), frame.lent
-        made.block = Block(None)
-        bottom = made
+    for watchdog in watchdogs:
+        frame = frame_of(watchdog)
+        run = watchdog.known_run() if frame is None else frame.run
+        if run is not None:
+            bottom = made = Frame(watchdog, run, None, None, bottom)
+            made.block = Block(None)
+            if frame is not None:
+                made.activities, made.lent = _carried(frame), frame.lent
     return bottom
+
+
+def work_in(frame: Frame | None) -> Frame | None:
+    """Let a piece of work that a pool does in this thread stand in a frame, below its own context; give what to put back."""
+    before, _here.item = _here.item, frame
+    return before
 
 
 def kept(frame: Frame) -> Frame:
@@ -553,11 +625,9 @@ def activities_here(kind: str) -> list[Activity]:
     Some may be over: it is for those who begin them to say what that means.
     """
     found: dict[Activity, None] = {}
-    is_item = False
-    for frame in _chain(_current.get()):
-        is_item = is_item or frame.watchdog is None
+    for frame in (*_chain(_current.get()), *_chain(_here.item)):
         found.update(dict.fromkeys(activity for activity in reversed(frame.activities) if activity.kind == kind))
-    if not found and not is_item:
+    if not found and _here.item is None:
         marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
         activities = [reference() for noted in marks for reference in reversed(noted.activities)]
         found.update(dict.fromkeys(activity for activity in activities if activity is not None and activity.kind == kind))

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from clevagent_core.accounts import record
-from clevagent_core.attribution import run_around_work, run_of_call
+from clevagent_core.attribution import known_run, run_around_work, run_of_call
 from clevagent_core.baselines import Baselines
 from clevagent_core.blocks import RunBlock
 from clevagent_core.budgets import Budget, check_names
@@ -209,6 +209,18 @@ class Watchdog:
         with self._lock:
             active = dict(self._active)
         return run_of_call(self.process_run, active, tells=tells)
+
+    def known_run(self) -> Run | None:
+        """Find the run of code that no frame claims, where that is known: see :mod:`clevagent_core.attribution`."""
+        return known_run(self.process_run)
+
+    def set_active(self, run: Run, *, is_active: bool) -> None:
+        """Tell whether code that nobody has told of a run may belong to this one: that of a generator, only while it is stepped."""
+        with self._lock:
+            if is_active:
+                self._active[run] = True
+            else:
+                self._active.pop(run, None)
 
     def enclosing_run(self) -> Run | None:
         """Find the run that a piece of work which begins here (a root invocation, a kickoff) is a part of; ``None`` if of none."""

@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -164,7 +165,9 @@ def test_an_item_submitted_outside_every_run_counts_for_none(caller, how, is_ove
         thread = threading.Thread(target=work, args=(pool,))
         thread.start()
         assert spent.wait(WAIT_S)
-        answers = SUBMIT[how](pool, lambda number: users.attempt("nobody", number))
+        # While it goes on, this thread could be anybody's.
+        with nullcontext() if is_over else clevagent.outside_runs():
+            answers = SUBMIT[how](pool, lambda number: users.attempt("nobody", number))
         done.set()
         thread.join(WAIT_S)
     assert answers == ["sent"] * TRIES
@@ -329,8 +332,17 @@ def test_the_refusal_names_the_ways_out(users, worker):
         assert way in errors[0]
 
 
-def test_a_worker_is_refused_while_only_the_process_has_a_ceiling(caller, worker):
-    clevagent.init(budgets=[Budget(usd=5, per="day")])
+def test_a_worker_is_refused_nothing_while_only_the_process_has_a_ceiling(caller, worker):
+    """Which holds wherever the call counts."""
+    watchdog = clevagent.init(budgets=[Budget(llm_calls=1, per="day")])
+    users = Users(2, caller)
+    users.block = clevagent.run
+    users.each_in_a_run(lambda user: worker.do(lambda: users.attempt(user)))
+    assert len(caller.provider.requests) == counted(watchdog.process_run) == 1
+
+
+def test_a_worker_is_refused_while_the_process_has_a_ceiling_for_each_run(caller, worker):
+    clevagent.init(budgets=[Budget(usd=5)])
     users = Users(2, caller)
     users.block = clevagent.run
     users.each_in_a_run(lambda user: worker.do(lambda: users.attempt(user)))
