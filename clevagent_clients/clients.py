@@ -21,7 +21,7 @@ from clevagent_clients.metering import Meter, tap
 from clevagent_core import default
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
-from clevagent_core.coverage import give_back, take
+from clevagent_core.coverage import give_back, look_out, take
 from clevagent_core.errors import ClevAgentError, UsageError
 from clevagent_core.frames import frame_of, place
 from clevagent_core.runs import Run
@@ -545,11 +545,13 @@ class Clients:
         """
         if not isinstance(obj, self._classes):
             return None
+        look_out()
         guarded: object = _guarded(obj, self._plan, watchdog, budgets, on_exceed)
         return guarded
 
     def attach(self, watchdog: Watchdog) -> None:
         """Ask ``watchdog`` before each request of every client, made before or later, beside those that are asked already."""
+        look_out()
         with self._lock:
             if any(layer.watchdog is watchdog for layer in self._layers):
                 return

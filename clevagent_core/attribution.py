@@ -95,7 +95,7 @@ def _candidates(process: Run, found: Look, active: list[Run]) -> Run | list[Run]
     """Give whose it is, where that is known, else whose it may be."""
     if found.outlived is not None:
         return _outlived(process, found.outlived) if found.outlived.has_budgets else process
-    if found.is_consumer:
+    if found.is_outside:
         return process
     # A task inherits the run that it is begun in; but not from a generator that is stepped by several.
     return blocks_of(process.watchdog) if _knows_by_context() else active

@@ -15,8 +15,15 @@ from clevagent_core.watchdog import Watchdog
 _SWEEP = 256
 """From how many entries on a look for tickets that have ended is worth its time."""
 
+_is_asked = False
 _taken: dict[int, tuple[Ticket, object]] = {}
 """The tickets whose request was seen, by id; each with a mark of who saw it. Contexts do not do: a task has a copy of its own."""
+
+
+def look_out() -> None:
+    """Tell that somebody asks (``take``): an SDK's client is guarded. Until then nothing is noted."""
+    global _is_asked  # noqa: PLW0603 - it never ends
+    _is_asked = True
 
 
 def cover(ticket: Ticket) -> None:
@@ -24,6 +31,8 @@ def cover(ticket: Ticket) -> None:
 
     What covered it before (``generate([a, b])``) covers the next one.
     """
+    if not _is_asked:
+        return
     run = ticket.run
     frame = enter(run.watchdog, run)
     frame.covered = ticket

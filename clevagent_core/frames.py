@@ -106,19 +106,22 @@ class Frame:
 class Block:
     """Where a frame was opened."""
 
-    __slots__ = ("driver", "opener", "spot")
+    __slots__ = ("driver", "is_outside", "opener", "task", "thread")
 
-    def __init__(self, spot: Spot | None) -> None:
-        """Begin it; ``None`` for what was carried here."""
-        self.spot = spot
+    def __init__(self, thread: object, task: object) -> None:
+        """Begin it; ``None`` for both where it was carried."""
+        self.thread = thread
+        self.task = task
         self.opener = 0
         """The identity of the generator's Python frame that opened it; 0 where it was no generator."""
         self.driver: tuple[int, CodeType] | None = None
         """Who stepped the generator then."""
+        self.is_outside = False
+        """Whether it only tells that this is outside of every run, as far as the context knows; a framework may know better."""
 
     def is_own(self) -> bool:
         """Tell whether this code runs in the task, or else the thread, that opened it."""
-        return self.spot is not None and self.spot == spot()
+        return self.thread is _here.mark and self.task == current_task()
 
 
 class Spot(NamedTuple):
@@ -140,8 +143,11 @@ class _Here(threading.local):
         self.mark = object()
         self.item: Frame | None = None
         """What the piece of work stands in that a pool does here."""
+        self.marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
+        """What the thread was started in."""
 
 
+_MARKS = "_clevagent_marks"
 _here = _Here()
 _current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
 _openers: dict[int, list[Frame]] = {}
@@ -171,20 +177,25 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
     ``begins`` says that its run may be another than that around it.
     """
     raw = _current.get()
-    while raw is not None and raw.is_over and raw.block is not None and raw.block.opener and raw.block.is_own():
-        raw = raw.outer  # of a generator that was closed
-    if raw is not None and not _openers and raw.watchdog is watchdog and not raw.is_over and raw.run.ended_at is None:
-        frame = Frame(watchdog, run, raw, activity, raw)
+    if raw is None or _openers or raw.is_over or raw.watchdog is not watchdog or raw.run.ended_at is not None:
+        frame = _frame_here(watchdog, run, activity, raw)
     else:
-        base = frame_of(watchdog)
-        frame = Frame(watchdog, run, base, activity, raw)
-        if _openers:
-            frame.around = _counting(raw)
-            if base is not None and not _leads_to(frame.around, base):
-                frame.around = base
+        frame = Frame(watchdog, run, raw, activity, raw)
     if begins:
-        frame.block = Block(spot())
+        frame.block = Block(_here.mark, current_task())
     _current.set(frame)
+    return frame
+
+
+def _frame_here(watchdog: Any, run: Any, activity: Activity | None, raw: Frame | None) -> Frame:
+    while raw is not None and raw.is_over and raw.block is not None and raw.block.opener and raw.block.is_own():
+        raw = raw.outer  # of a generator that the garbage collector has closed
+    base = frame_of(watchdog)
+    frame = Frame(watchdog, run, base, activity, raw)
+    if _openers:
+        frame.around = _counting(raw)
+        if base is not None and not _leads_to(frame.around, base):
+            frame.around = base
     return frame
 
 
@@ -193,7 +204,7 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
     frame = enter(watchdog, run, activity, begins=begins)
     found = _opener(sys._getframe(2))  # noqa: SLF001 - documented; inspect.stack() reads files
     if found is not None:
-        block = frame.block = frame.block or Block(spot())
+        block = frame.block = frame.block or Block(_here.mark, current_task())
         python, driver = found
         if python is None:
             _lost[frame] = None
@@ -207,14 +218,16 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
 def leave(frame: Frame) -> None:
     """Leave a block, in whatever context. Never raises, and does nothing the second time."""
     finish(frame)
-    if _collecting_in == threading.get_ident():
+    if _collecting_in is not None and _collecting_in == threading.get_ident():
         return
     top = _current.get()
-    # Only what is over may stand upon it: what has begun in it and goes on stays.
-    while top is not None and top is not frame and top.is_over:
-        top = top.outer
-    if top is frame:
-        _current.set(frame.outer)
+    if top is not frame:
+        # Only what is over may stand upon it: what has begun in it and goes on stays.
+        while top is not None and top is not frame and top.is_over:
+            top = top.outer
+        if top is not frame:
+            return
+    _current.set(frame.outer)
 
 
 def finish(frame: Frame) -> None:
@@ -222,13 +235,18 @@ def finish(frame: Frame) -> None:
     frame.is_over = True
     if frame.activity is not None:
         frame.activity.is_over = True
-    if _openers and frame.block is not None and frame.block.opener:
-        blocks = _openers.get(frame.block.opener, [])
+    if frame.block is not None:
+        _unlist(frame, frame.block)
+
+
+def _unlist(frame: Frame, block: Block) -> None:
+    if block.opener:
+        blocks = _openers.get(block.opener, [])
         if frame in blocks:
             blocks.remove(frame)
         if not blocks:
-            _openers.pop(frame.block.opener, None)
-    if _lost:
+            _openers.pop(block.opener, None)
+    elif _lost:
         _lost.pop(frame, None)
 
 
@@ -280,13 +298,8 @@ def _is_generators(frame: Frame) -> bool:
 
 def stands(watchdog: Any, run: Any) -> Frame:
     """Make what the steps of a generator stand in (``stand_in``), with what is around it now."""
-    base, raw = frame_of(watchdog), _current.get()
-    frame = Frame(watchdog, run, base, None, raw)
-    if _openers:
-        frame.around = _counting(raw)
-        if base is not None and not _leads_to(frame.around, base):
-            frame.around = base
-    frame.block = Block(None)
+    frame = _frame_here(watchdog, run, None, _current.get())
+    frame.block = Block(None, None)
     return frame
 
 
@@ -344,7 +357,16 @@ def entry(watchdog: Any) -> Frame | None:
     frame = frame_of(watchdog)
     if frame is top:
         return None
-    return frame if frame is not None else Frame(watchdog, watchdog.current_run(), None, None, None)
+    return frame if frame is not None else _resolved(watchdog, watchdog.current_run(), None)
+
+
+def _resolved(watchdog: Any, run: Any, outer: Frame | None) -> Frame:
+    """Make a frame of what was found out where no frame claims the code."""
+    frame = Frame(watchdog, run, None, None, outer)
+    frame.block = Block(None, None)
+    # Over, so that whoever only wants to know what counts here need not ask.
+    frame.is_over = frame.block.is_outside = run is watchdog.process_run
+    return frame
 
 
 def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | None] | None:
@@ -353,24 +375,22 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
     A generator of ``None``: it is stepped by contextlib in a context that is thrown away.
     """
     was_split = False
-    while True:
-        while python is not None and (_kind_of(python) == "splits" or _is_ours(python)):
-            python = python.f_back
-        if python is None or not _is_generator(python.f_code):
-            return (None, None) if was_split and python is not None and _kind_of(python) == "copies" else None
-        driver = python.f_back
-        if driver is None or _kind_of(driver) != "splits":
-            return python, driver
-        python, was_split = driver, True
+    while python is not None:
+        if _is_generator(python.f_code):
+            driver = python.f_back
+            if driver is None or _kind_of(driver) != "splits":
+                return python, driver
+            python, was_split = driver, True
+            continue
+        kind = _kind_of(python)
+        if kind not in ("splits", "ours"):
+            return (None, None) if was_split and kind == "copies" else None
+        python = python.f_back
+    return None
 
 
 def _is_generator(code: CodeType) -> bool:
     return bool(code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)) and not code.co_flags & CO_ITERABLE_COROUTINE
-
-
-def _is_ours(python: FrameType) -> bool:
-    """Tell whether it stands between a block of ours and the code that opens it."""
-    return _kind_of(python) == "ours" and not _is_generator(python.f_code)
 
 
 def _kind_of(python: FrameType) -> str:
@@ -402,7 +422,8 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            return look(watchdog).frame if _is_carrying else None
+            here = _here
+            return None if here.item is None and not here.marks else look(watchdog).frame
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -422,39 +443,42 @@ class Look(NamedTuple):
     """What counts here."""
     outlived: Outlived | None
     """What would have counted."""
-    is_consumer: bool
-    """Whether this is code that steps a generator in which a run is open: outside of that run, for certain."""
+    is_outside: bool
+    """Whether this is outside of every run, for certain: the code that steps a generator in which a run is open, for one."""
 
 
 def look(watchdog: Any) -> Look:
     """Find what counts here, and what else the context tells."""
     stack = _stack() if _openers else {}
-    found, outlived, is_consumer = _search(watchdog, _current.get(), stack)
+    found, outlived, is_outside = _search(watchdog, _current.get(), stack)
     stepped = _stepped(watchdog, stack) if stack else None
     if stepped is not None and not _leads_to(found, stepped):
         return Look(stepped, None, False)
     if found is None and outlived is None:
         item = _here.item
-        found, outlived, _ = _search(watchdog, item, stack) if item is not None else (*_marked(watchdog), False)
-    return Look(found, outlived, is_consumer and found is None)
+        found, outlived, was_outside = _search(watchdog, item, stack) if item is not None else (*_marked(watchdog), False)
+        is_outside = is_outside or was_outside
+    return Look(found, outlived, is_outside and found is None)
 
 
 def _search(watchdog: Any, top: Frame | None, stack: dict[int, CodeType]) -> tuple[Frame | None, Outlived | None, bool]:
-    """Find what counts of a chain of frames; what would have, if it were not over; and whether a generator's block was passed."""
-    is_consumer = False
+    """Find what counts of a chain of frames; what would have, if it were not over; and whether it is known to be outside."""
+    is_outside = False
     for frame in _chain(top):
         if frame.watchdog is not watchdog:
             continue
         block = frame.block
-        if frame.is_over or frame.run.ended_at is not None:
+        if block is not None and block.is_outside:
+            is_outside = True
+        elif frame.is_over or frame.run.ended_at is not None:
             if block is not None and not block.is_own():
                 found = _still_around(frame.run)
-                return found, None if found is not None else _outlived(frame.run), is_consumer
+                return found, None if found is not None else _outlived(frame.run), is_outside
         elif block is None or not _is_passed(frame, block, stack):
-            return frame, None, is_consumer
+            return frame, None, is_outside
         else:
-            is_consumer = is_consumer or _is_consumer(block, stack)
-    return None, None, is_consumer
+            is_outside = is_outside or _is_consumer(block, stack)
+    return None, None, is_outside
 
 
 def _chain(frame: Frame | None) -> Iterator[Frame]:
@@ -495,7 +519,7 @@ def _stepped(watchdog: Any, stack: dict[int, CodeType]) -> Frame | None:
 
 def _is_consumer(block: Block, stack: dict[int, CodeType]) -> bool:
     """Tell whether this is the code of whoever stepped a generator. One that nobody steps any more has been left behind."""
-    if block.spot is not None and block.spot.task is not None:
+    if block.task is not None:
         return True
     driver = block.driver
     return driver is not None and stack.get(driver[0]) is driver[1]
@@ -533,21 +557,10 @@ class _Mark(NamedTuple):
     told: Outlived
 
 
-_MARKS = "_clevagent_marks"
-_is_carrying = False
-"""Whether anything was ever carried: spares everybody else a look at the thread."""
-
-
-def _begin_carrying() -> None:
-    global _is_carrying  # noqa: PLW0603 - it never ends
-    _is_carrying = True
-
-
 def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
-        _begin_carrying()
         setattr(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))
 
 
@@ -563,8 +576,7 @@ def _carried(frame: Frame) -> tuple[Activity, ...]:
 
 def _marked(watchdog: Any) -> tuple[Frame | None, Outlived | None]:
     """Find what this thread was started in."""
-    marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
-    for found in marks:
+    for found in _here.marks:
         if found.watchdog() is not watchdog:
             continue
         run = found.run()
@@ -583,16 +595,15 @@ def carry(watchdogs: Iterable[Any]) -> Frame:
 
     Where it is known that this is outside of every run, that is known of the work, too; what nobody knows here, nobody knows there.
     """
-    _begin_carrying()
     bottom = Frame(None, None, None, None, None)
     for watchdog in watchdogs:
         frame = frame_of(watchdog)
-        run = watchdog.known_run() if frame is None else frame.run
-        if run is not None:
-            bottom = made = Frame(watchdog, run, None, None, bottom)
-            made.block = Block(None)
-            if frame is not None:
-                made.activities, made.lent = _carried(frame), frame.lent
+        if frame is not None:
+            bottom = made = Frame(watchdog, frame.run, None, None, bottom)
+            made.block = Block(None, None)
+            made.activities, made.lent = _carried(frame), frame.lent
+        elif (run := watchdog.known_run()) is not None:
+            bottom = _resolved(watchdog, run, bottom)
     return bottom
 
 
@@ -605,7 +616,7 @@ def work_in(frame: Frame | None) -> Frame | None:
 def kept(frame: Frame) -> Frame:
     """Make what a stream stands in that was made in ``frame`` and may be read elsewhere."""
     made = Frame(frame.watchdog, frame.run, frame, None, frame.around)
-    made.block = Block(None)
+    made.block = Block(None, None)
     return made
 
 
@@ -628,8 +639,7 @@ def activities_here(kind: str) -> list[Activity]:
     for frame in (*_chain(_current.get()), *_chain(_here.item)):
         found.update(dict.fromkeys(activity for activity in reversed(frame.activities) if activity.kind == kind))
     if not found and _here.item is None:
-        marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
-        activities = [reference() for noted in marks for reference in reversed(noted.activities)]
+        activities = [reference() for noted in _here.marks for reference in reversed(noted.activities)]
         found.update(dict.fromkeys(activity for activity in activities if activity is not None and activity.kind == kind))
     return list(found)
 
