@@ -644,6 +644,17 @@ def activities_here(kind: str) -> list[Activity]:
     return list(found)
 
 
+def nodes_around(frame: Frame | None) -> list[Activity]:
+    """Give the nodes that go on around a frame, outermost first; one that has a name of its user's only by that."""
+    found: list[Activity] = []
+    for node in living(frame, "node"):
+        before = found[-1] if found else None
+        if before is not None and node.place and before.place == node.place and before.name == node.place[-1]:
+            found.pop()
+        found.append(node)
+    return found
+
+
 def wraps_up(watchdog: Any) -> bool:
     """Tell whether calls made here may use what budgets keep back."""
     frame = frame_of(watchdog)
@@ -662,7 +673,7 @@ def place(call: LLMCall | ToolCall, frame: Frame | None) -> None:
     if frame is None or not frame.activities:
         return
     tools = path([activity.name for activity in living(frame, "tool")])
-    nodes = [activity.name for activity in living(frame, "node")]
+    nodes = [activity.name for activity in nodes_around(frame)]
     if nodes:
         call.node = path([*nodes, *parts_of(call.node)])
     if isinstance(call, LLMCall):

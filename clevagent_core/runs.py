@@ -573,6 +573,8 @@ class Run:
         clock = self.watchdog.clock
         deadline = clock.monotonic() + self.watchdog.settings.wait_s
         event = asyncio.Event()
+        if not _in_event_loop():
+            return stop  # on trio, which has no loop of asyncio's to be woken on
         loop = asyncio.get_running_loop()
 
         def wake() -> None:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import Call, LLMCall, ToolCall, parts_of, path
 from clevagent_core.errors import Stopped
-from clevagent_core.frames import Activity, Frame, frame_of, living, place
+from clevagent_core.frames import Activity, Frame, enter, frame_of, nodes_around, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
+
+if TYPE_CHECKING:
+    from clevagent_core.watchdog import Watchdog
 
 
 def put_in_place(call: LLMCall | ToolCall, frame: Frame | None, metadata: Mapping[str, Any] | None) -> None:
@@ -29,7 +32,7 @@ def put_in_place(call: LLMCall | ToolCall, frame: Frame | None, metadata: Mappin
     call.thread_id = metadata.get("thread_id")
     nodes = nodes_of(metadata)
     if nodes:
-        call.node = path(_named(nodes, living(frame, "node")))
+        call.node = path(_named(nodes, nodes_around(frame)))
 
 
 def nodes_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -41,6 +44,14 @@ def nodes_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     parts = [part.partition(":")[0] for part in metadata.get("langgraph_checkpoint_ns", "").split("|")]
     names = [part for part in parts if part and not part.isdigit()]
     return tuple(names) if names and names[-1] == node else (*names, node)
+
+
+def enter_node(watchdog: Watchdog, run: Run, nodes: tuple[str, ...]) -> Frame:
+    """Enter a node of a graph, in the context that LangGraph runs it in; for whoever leaves it."""
+    frame = enter(watchdog, run, Activity("node", nodes[-1], nodes), begins=True)
+    if frame.through is None:
+        frame.through = _error("GraphBubbleUp")
+    return frame
 
 
 def _named(nodes: tuple[str, ...], activities: Sequence[Activity]) -> list[str]:

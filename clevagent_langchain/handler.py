@@ -21,12 +21,12 @@ from clevagent_core import default
 from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
-from clevagent_core.frames import Frame, frame_of
+from clevagent_core.frames import Activity, Frame, enter, frame_of, living
 from clevagent_core.interrupts import is_interrupt
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
-from clevagent_langchain.graphs import is_pause, open_in_graph, put_in_place
+from clevagent_langchain.graphs import enter_node, is_pause, nodes_of, open_in_graph, put_in_place
 from clevagent_langchain.messages import items_of
 from clevagent_langchain.models import GUARDED, root_run
 from clevagent_langchain.results import answer_of, tool_result
@@ -169,7 +169,11 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
             call.inside = branch.tool
         run = self._open(tracker, run_id, branch, call, frame)
         if run is not None:
-            tracker.start(run_id, branch, run, is_root=False, tool=path([*parts_of(call.inside), name]))
+            tool = path([*parts_of(call.inside), name])
+            begun = tracker.start(run_id, branch, run, is_root=False, tool=tool, nodes=() if branch is None else branch.nodes)
+            around = living(frame, "tool")
+            if begun is not None and not (around and around[-1].name == name):
+                begun.frame = enter(run.watchdog, run, Activity("tool", name), begins=True)
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Settle a tool call."""
@@ -204,7 +208,12 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         parent = tracker.branch(parent_run_id)
         if parent is not None:
             frame = frame_of(watchdog)
-            tracker.start(run_id, parent, parent.run if frame is None else frame.run, is_root=False, tool=parent.tool)
+            run = parent.run if frame is None else frame.run
+            nodes = nodes_of(metadata) if metadata else ()
+            branch = tracker.start(run_id, parent, run, is_root=False, tool=parent.tool, nodes=nodes)
+            if branch is not None and nodes and nodes != parent.nodes:
+                # A node: whatever is called in it stands there, also what LangChain knows nothing of.
+                branch.frame = enter_node(watchdog, run, nodes)
             return
         outer = watchdog.enclosing_run()
         is_root = outer is None and parent_run_id is None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
+from clevagent_core.frames import Frame, finish, leave
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 
@@ -21,14 +22,19 @@ if TYPE_CHECKING:
 class Branch:
     """One chain, graph node or tool that is running, with what it has started and not yet ended."""
 
-    __slots__ = ("children", "is_root", "parent", "run", "tickets", "tool")
+    __slots__ = ("children", "frame", "is_root", "nodes", "parent", "run", "tickets", "tool")
 
-    def __init__(self, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None) -> None:
+    def __init__(self, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None, nodes: tuple[str, ...]) -> None:
         self.parent = parent
         self.run = run
         self.is_root = is_root
         """Whether ``run`` was begun for it, and ends with it."""
         self.tool = tool
+        """The tools that it is in, itself included."""
+        self.nodes = nodes
+        """The nodes of graphs that it is in."""
+        self.frame: Frame | None = None
+        """What stands in its context while it runs."""
         self.children: dict[UUID, Branch] = {}
         self.tickets: dict[UUID, Ticket] = {}
 
@@ -45,15 +51,18 @@ class Tracker:
         """Find a branch that is running."""
         return self._branches.get(run_id) if run_id is not None else None
 
-    def start(self, run_id: UUID, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None) -> None:
+    def start(
+        self, run_id: UUID, parent: Branch | None, run: Run, *, is_root: bool, tool: str | None, nodes: tuple[str, ...] = ()
+    ) -> Branch | None:
         """Note a branch, once."""
-        branch = Branch(parent, run, is_root=is_root, tool=tool)
+        branch = Branch(parent, run, is_root=is_root, tool=tool, nodes=nodes)
         with self._lock:
             if run_id in self._branches:
-                return
+                return None
             self._branches[run_id] = branch
             if parent is not None:
                 parent.children[run_id] = branch
+        return branch
 
     def end(self, run_id: UUID, error: BaseException | None = None) -> None:
         """Close a branch: what it has started and never ended may have been sent, so it is charged."""
@@ -66,6 +75,8 @@ class Tracker:
             dangling = self._cut(branch)
         for ticket in dangling:
             ticket.charge(error)
+        if branch.frame is not None:
+            leave(branch.frame)
         if branch.is_root:
             branch.run.end()
 
@@ -118,6 +129,8 @@ class Tracker:
             self._tickets.pop(run_id, None)
         for run_id, child in branch.children.items():
             self._branches.pop(run_id, None)
+            if child.frame is not None:
+                finish(child.frame)
             tickets += self._cut(child)
         branch.tickets, branch.children = {}, {}
         return tickets

@@ -749,7 +749,6 @@ def test_langchains_models_cannot_be_awaited_on_trio_guarded_or_not(provider):
     assert provider.request_count == 0
 
 
-@pytest.mark.xfail(reason="a call that waits on trio asks asyncio for its event loop: RuntimeError, and nothing is sent")
 def test_a_call_on_trio_that_waits_for_held_money_is_refused_in_our_own_words():
     trio = _trio()
     errors = []
