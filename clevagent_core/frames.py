@@ -73,7 +73,7 @@ class Frame:
         self.activity = activity
         """What begins and ends with it."""
         if base is None:
-            self.activities: tuple[Activity, ...] = ()
+            self.activities: tuple[Activity, ...] = () if activity is None else (activity,)
             """What goes on around it, outermost first; some may be over."""
             self.lent: tuple[Budget, ...] = ()
             """The budgets of the nodes around it: they cover every call in them."""
@@ -81,17 +81,14 @@ class Frame:
             """The exception type that the framework around lets pass: what is raised here is one, too."""
             self.ending: Ending | None = None
             """Where that depends on what was refused."""
-            self.wraps_up = False
+            self.wraps_up = activity is not None and activity.kind == "wrap_up"
             """Whether a wrap-up was begun around it."""
         else:
-            self.activities = base.activities
+            self.activities = base.activities if activity is None else (*base.activities, activity)
             self.lent = base.lent
             self.through = base.through
             self.ending = base.ending
-            self.wraps_up = base.wraps_up
-        if activity is not None:
-            self.activities = (*self.activities, activity)
-            self.wraps_up = self.wraps_up or activity.kind == "wrap_up"
+            self.wraps_up = base.wraps_up or (activity is not None and activity.kind == "wrap_up")
         self.covered: Any = None
         """The ticket of the model call that a framework's adapter opened: whatever is further down is a part of it."""
         self.outer = outer
@@ -141,12 +138,12 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.mark = object()
-        self.item: Frame | None = None
-        """What the piece of work stands in that a pool does here."""
-        self.marks: tuple[_Mark, ...] = getattr(threading.current_thread(), _MARKS, ())
-        """What the thread was started in."""
+        marks: tuple[_Mark, ...] | None = getattr(threading.current_thread(), _MARKS, None)
+        self.below: Frame | tuple[_Mark, ...] | None = marks
+        """What stands below the context: the piece of work that a pool does here, else what the thread was started in."""
 
 
+Below = Frame | tuple["_Mark", ...] | None
 _MARKS = "_clevagent_marks"
 _here = _Here()
 _current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
@@ -157,15 +154,24 @@ _lost: dict[Frame, None] = {}
 """The blocks that were opened, through contextlib, in a context that was thrown away then."""
 
 
+_running_loop: Callable[[], object] | None = None
+"""What tells of a running event loop, from when asyncio was seen to be imported."""
+
+
 def current_task() -> weakref.ref[asyncio.Task[Any]] | None:
     """Find the asyncio task that runs here: the same object each time. Costs next to nothing where asyncio is not in use."""
-    asyncio = sys.modules.get("asyncio")
-    # Another thread may be importing it at this moment: a loop can only run here once that is done.
-    running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
-    if asyncio is None or running_loop is None or running_loop() is None:
+    running_loop = _running_loop or _find_running_loop()
+    if running_loop is None or running_loop() is None:
         return None
-    task = asyncio.current_task()
+    task = sys.modules["asyncio"].current_task()
     return None if task is None else weakref.ref(task)
+
+
+def _find_running_loop() -> Callable[[], object] | None:
+    global _running_loop  # noqa: PLW0603 - found once
+    # Another thread may be importing it at this moment: a loop can only run here once that is done. Documented; the public one raises.
+    _running_loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
+    return _running_loop
 
 
 # -- blocks ---------------------------------------------------------------------------------------------------------------
@@ -202,7 +208,8 @@ def _frame_here(watchdog: Any, run: Any, activity: Activity | None, raw: Frame |
 def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: bool = False) -> Frame:
     """Enter a block of the user's, which may stand in a generator. To be called by the ``__enter__`` that the user's code calls."""
     frame = enter(watchdog, run, activity, begins=begins)
-    found = _opener(sys._getframe(2))  # noqa: SLF001 - documented; inspect.stack() reads files
+    caller = sys._getframe(2)  # noqa: SLF001 - documented; inspect.stack() reads files
+    found = _opener(caller) if caller.f_code.co_flags & _GENERATORS or _kind_of(caller) else None
     if found is not None:
         block = frame.block = frame.block or Block(_here.mark, current_task())
         python, driver = found
@@ -217,7 +224,13 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
 
 def leave(frame: Frame) -> None:
     """Leave a block, in whatever context. Never raises, and does nothing the second time."""
-    finish(frame)
+    # As finish does; each node and each tool comes here.
+    frame.is_over = True
+    if frame.activity is not None:
+        frame.activity.is_over = True
+    block = frame.block
+    if block is not None and (block.opener or _lost):
+        _unlist(frame, block)
     if _collecting_in is not None and _collecting_in == threading.get_ident():
         return
     top = _current.get()
@@ -235,8 +248,9 @@ def finish(frame: Frame) -> None:
     frame.is_over = True
     if frame.activity is not None:
         frame.activity.is_over = True
-    if frame.block is not None:
-        _unlist(frame, frame.block)
+    block = frame.block
+    if block is not None and (block.opener or _lost):
+        _unlist(frame, block)
 
 
 def _unlist(frame: Frame, block: Block) -> None:
@@ -306,28 +320,28 @@ def stands(watchdog: Any, run: Any) -> Frame:
 class Within(ContextDecorator):
     """``with``: what is called inside is a part of one run, or of a wrap-up. Can be entered many times, also at once."""
 
-    def __init__(self, run: Callable[[], Any], kind: Literal["wrap_up"] | None = None) -> None:
-        """For the run that is given when it is entered; a wrap-up is one of whatever run is around it, if there is one."""
+    def __init__(self, run: Any, kind: Literal["wrap_up"] | None = None) -> None:
+        """For a run, or what gives one when the block is entered; a wrap-up is one of whatever run is around it, if there is one."""
         self._run = run
         self._kind = kind
         self._frames: list[Frame] = []
 
     def __enter__(self) -> Any:
         """Enter it; give the run."""
-        run = self._run()
-        watchdog = run.watchdog
+        run = self._run() if callable(self._run) else self._run
         if self._kind is None:
-            frame = open_block(watchdog, run, begins=True)
+            frame = open_block(run.watchdog, run, begins=True)
         else:
-            around = frame_of(watchdog)
-            frame = open_block(watchdog, run if around is None else around.run, Activity(self._kind))
+            around = frame_of(run.watchdog)
+            frame = open_block(run.watchdog, run if around is None else around.run, Activity(self._kind))
         self._frames.append(frame)
         return run
 
     def __exit__(self, *exception: object) -> None:
         """Leave it, in whatever context."""
-        frame = left_by(self._frames)
-        self._frames.remove(frame)
+        frames = self._frames
+        frame = frames[0] if len(frames) == 1 else left_by(frames)
+        frames.remove(frame)
         leave(frame)
 
     async def __aenter__(self) -> Any:
@@ -390,7 +404,10 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
 
 
 def _is_generator(code: CodeType) -> bool:
-    return bool(code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)) and not code.co_flags & CO_ITERABLE_COROUTINE
+    return bool(code.co_flags & _GENERATORS) and not code.co_flags & CO_ITERABLE_COROUTINE
+
+
+_GENERATORS = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
 def _kind_of(python: FrameType) -> str:
@@ -422,8 +439,7 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            here = _here
-            return None if here.item is None and not here.marks else look(watchdog).frame
+            return None if _here.below is None else look(watchdog).frame
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -455,9 +471,12 @@ def look(watchdog: Any) -> Look:
     if stepped is not None and not _leads_to(found, stepped):
         return Look(stepped, None, False)
     if found is None and outlived is None:
-        item = _here.item
-        found, outlived, was_outside = _search(watchdog, item, stack) if item is not None else (*_marked(watchdog), False)
-        is_outside = is_outside or was_outside
+        below = _here.below
+        if isinstance(below, Frame):
+            found, outlived, was_outside = _search(watchdog, below, stack)
+            is_outside = is_outside or was_outside
+        elif below is not None:
+            found, outlived = _marked(watchdog, below)
     return Look(found, outlived, is_outside and found is None)
 
 
@@ -574,9 +593,9 @@ def _carried(frame: Frame) -> tuple[Activity, ...]:
     return tuple(activity for activity in frame.activities if activity.kind != "wrap_up" and not activity.is_over)
 
 
-def _marked(watchdog: Any) -> tuple[Frame | None, Outlived | None]:
+def _marked(watchdog: Any, marks: tuple[_Mark, ...]) -> tuple[Frame | None, Outlived | None]:
     """Find what this thread was started in."""
-    for found in _here.marks:
+    for found in marks:
         if found.watchdog() is not watchdog:
             continue
         run = found.run()
@@ -607,9 +626,9 @@ def carry(watchdogs: Iterable[Any]) -> Frame:
     return bottom
 
 
-def work_in(frame: Frame | None) -> Frame | None:
+def work_in(frame: Below) -> Below:
     """Let a piece of work that a pool does in this thread stand in a frame, below its own context; give what to put back."""
-    before, _here.item = _here.item, frame
+    before, _here.below = _here.below, frame
     return before
 
 
@@ -636,10 +655,11 @@ def activities_here(kind: str) -> list[Activity]:
     Some may be over: it is for those who begin them to say what that means.
     """
     found: dict[Activity, None] = {}
-    for frame in (*_chain(_current.get()), *_chain(_here.item)):
+    below = _here.below
+    for frame in (*_chain(_current.get()), *_chain(below if isinstance(below, Frame) else None)):
         found.update(dict.fromkeys(activity for activity in reversed(frame.activities) if activity.kind == kind))
-    if not found and _here.item is None:
-        activities = [reference() for noted in _here.marks for reference in reversed(noted.activities)]
+    if not found and isinstance(below, tuple):
+        activities = [reference() for noted in below for reference in reversed(noted.activities)]
         found.update(dict.fromkeys(activity for activity in activities if activity is not None and activity.kind == kind))
     return list(found)
 

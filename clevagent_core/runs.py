@@ -159,9 +159,12 @@ class Run:
                 return answer
         raise self.refused(answer.incident, through)
 
-    def begin(self, name: str) -> Work:
-        """Tell that a piece of work begins which is no call itself, as a node: where it is stuck can be told then. ``finish`` ends it."""
-        work = Work(self, name)
+    def begin(self, name: str, place: tuple[str, ...] | None = None) -> Work:
+        """Tell that a piece of work begins which is no call itself, as a node: where it is stuck can be told then. ``finish`` ends it.
+
+        It can be the activity of a frame (``place``: see there).
+        """
+        work = Work(self, name, place)
         self.root.open_work[work] = None
         return work
 
@@ -337,11 +340,11 @@ class Run:
 
     def wrap_up(self) -> Within:
         """Let the calls inside use what ``keep_usd`` keeps back, after the stop: a closing answer, an apology, a hand-over."""
-        return Within(lambda: self, "wrap_up")
+        return Within(self, "wrap_up")
 
     def activate(self) -> Within:
         """Make this the run of what is called inside, in a thread or task that inherited none: ``with``, or ``async with``."""
-        return Within(lambda: self)
+        return Within(self)
 
     def barred_by(self, incident: Incident) -> Run:
         """Make a run inside this one that refuses every call, because of ``incident``, which is told once for each kind."""

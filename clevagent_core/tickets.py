@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from clevagent_core.calls import Call, LLMCall, Step, Usage
-from clevagent_core.frames import Frame, current_task
+from clevagent_core.frames import Activity, Frame, current_task
 from clevagent_core.interrupts import is_interrupt
 
 if TYPE_CHECKING:
@@ -66,17 +66,21 @@ class Outcome(NamedTuple):
     """What came back, where the adapter tells it: a tool's result, a model's answer (text, and the tools it asks for)."""
 
 
-class Work:
+class Work(Activity):
     """A piece of work that goes on and is no call itself: a node, a task. See ``Run.begin``."""
 
-    __slots__ = ("moved_at", "name", "task", "thread")
+    __slots__ = ("moved_at", "task", "thread")
 
     timeout_s: float | None = None
     """How long it may take, in seconds; ``None``: nobody knows."""
 
-    def __init__(self, run: Run, name: str) -> None:
+    def __init__(self, run: Run, name: str, place: tuple[str, ...] | None = None) -> None:
         """Made by ``Run`` only."""
+        # As Activity does, without the call: every node comes here.
+        self.kind = "node"
         self.name = name
+        self.place = place
+        self.is_over = False
         self.thread = threading.get_ident()
         self.moved_at = run.watchdog.clock.monotonic()
         self.task = current_task()

@@ -22,7 +22,7 @@ from clevagent_core.accounts import action_of, cover
 from clevagent_core.budgets import TOOL_CALLS, Budget, as_budgets, check_actions
 from clevagent_core.calls import LLMCall, Step
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Activity, enter, leave, wraps_up
+from clevagent_core.frames import enter, frame_of, leave, wraps_up
 from clevagent_core.guards.messages import exhausted_incident
 from clevagent_core.ledger.account import Refusal
 from clevagent_langchain.graphs import nodes_of
@@ -305,14 +305,15 @@ class _Execution:
     def __init__(self, node: _Node) -> None:
         """Look where the node is, and refuse it where it could do nothing."""
         watchdog = node.own_watchdog or default.current()
-        run = watchdog.current_run(tells=False)
+        frame = frame_of(watchdog)
+        run: Run = watchdog.current_run(tells=False) if frame is None else frame.run
         config = var_child_runnable_config.get()
         metadata: Mapping[str, Any] = (config.get("metadata") if config else None) or {}
         self._node = node
         self._watchdog = watchdog
-        self._run: Run = run
+        self._run = run
         self._thread_id = metadata.get("thread_id")
-        self._place = nodes_of(metadata)
+        self._place = nodes_of(metadata) if metadata else ()
         self._began = _began(run, metadata)
         if node.budgets or run.root.gates or watchdog.control.stops:
             with self:
@@ -322,8 +323,8 @@ class _Execution:
 
     def __enter__(self) -> None:
         node = self._node
-        self._work = self._run.begin(node.name)
-        frame = self._frame = enter(self._watchdog, self._run, Activity("node", node.name, self._place))
+        work = self._work = self._run.begin(node.name, self._place)
+        frame = self._frame = enter(self._watchdog, self._run, work)
         if node.budgets:
             frame.lent = node.lending(frame.lent)
         if self._place:  # in a guarded graph it passes already

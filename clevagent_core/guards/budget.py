@@ -146,7 +146,10 @@ class BudgetGuard:
             _is_asking.reset(token)
 
     def _cover(self, run: Run, call: Call, extra: Sequence[Budget]) -> Cover:
-        key = _shape(call, extra)
+        if isinstance(call, LLMCall) and type(call.node) is not Path:  # as _shape does
+            key: tuple[object, ...] = (call.model, call.tool, call.node, call.thread_id, id(extra) if extra else 0)
+        else:
+            key = _shape(call, extra)
         memo, watchdog = run.memo, run.watchdog
         found: Cover | None = memo.get(key)
         if found is None or watchdog.clock.wall() >= found.valid_until or found.remote is not watchdog.control.budgets:
@@ -327,8 +330,9 @@ class BudgetGuard:
 
 def _shape(call: Call, extra: Sequence[Budget]) -> tuple[object, ...]:
     """Tell what decides which accounts a call counts against."""
-    # Not the text of a path: a name may have slashes, too.
-    node = call.node.parts if isinstance(call.node, Path) else call.node
+    node: object = call.node
+    if type(node) is Path:
+        node = node.parts  # not its text: a name may have slashes, too
     if isinstance(call, LLMCall):
         return (call.model, call.tool, node, call.thread_id, id(extra) if extra else 0)
     return (None, call.tool, node, call.thread_id, id(extra) if extra else 0, call.inside)
