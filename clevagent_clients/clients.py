@@ -206,6 +206,7 @@ def request(
         options = prepare(options)
     plan = layer.plan(client, options)
     if plan is None:
+        default.note_asked(layer.watchdog)
         return _send((), base, cast_to, options, args, kwargs)
     watchdog = layer.watchdog or default.current()
     covering = _covering(layer, watchdog, plan, outer)
@@ -264,6 +265,7 @@ async def arequest(
         options = await prepare(options)
     plan = layer.plan(client, options)
     if plan is None:
+        default.note_asked(layer.watchdog)
         return await _asend((), base, cast_to, options, args, kwargs)
     watchdog = layer.watchdog or default.current()
     covering = _covering(layer, watchdog, plan, outer)

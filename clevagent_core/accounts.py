@@ -11,6 +11,7 @@ from clevagent_core.budgets import GRACEFUL, OUTPUT_TOKENS, TOKENS, UNITS, USD, 
 from clevagent_core.calls import Call, LLMCall, ToolCall, Usage
 from clevagent_core.control import Tighter
 from clevagent_core.errors import UsageError
+from clevagent_core.idle import limits
 from clevagent_core.ledger.account import Account, AccountKey, Hold, Line, Notice, StaleAccount
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     for budget, anchor in scopes(run, extra):
         if not budget.covers(call):
             continue
+        # A call of no model is none: a node asks what is left to it.
+        if limits(budget, call) and (isinstance(call, ToolCall) or call.model):
+            anchor.met.add(budget.label)
         enforced = action_of(run, budget) != "warn" and not run.dry_run
         if budget.seconds is not None:
             deadlines.append(Deadline(anchor.started_monotonic + budget.seconds, budget, anchor))

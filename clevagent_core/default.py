@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from clevagent_core.errors import UsageError
+from clevagent_core.frames import frame_of
 from clevagent_core.settings import Settings
 from clevagent_core.watchdog import Watchdog
 
@@ -65,6 +66,17 @@ def current() -> Watchdog:
 def is_over() -> bool:
     """Tell whether a watchdog with budgets was shut down, and none was started since."""
     return _watchdog is None and _was_shut_down
+
+
+def note_asked(watchdog: Watchdog | None) -> None:
+    """Let the runs around know that something guarded was asked, which may bring no call: an answer from a cache, what costs nothing.
+
+    ``None`` for the process's own watchdog.
+    """
+    found = watchdog or _watchdog
+    frame = None if found is None else frame_of(found)
+    if frame is not None:
+        frame.run.is_asked = True
 
 
 def shutdown() -> None:

@@ -100,6 +100,14 @@ class Run:
         """The accounts that have refused a call of this run tree; kept on its root, and once a nested run is over, its own on itself."""
         self.ceilings: dict[str, int | None] = {}
         """The ceilings of this run that depend on the agent's past, in pico-USD by budget; ``None`` where that is not known yet."""
+        self.met: set[str] = set()
+        """Its own budgets that have covered a call, by name."""
+        self.place: object = None
+        """Where it was begun, where that is of interest."""
+        self.is_asked = False
+        """Whether something guarded was asked in it that need not bring a call: a model may answer from a cache."""
+        self.sees_tools = False
+        """Whether something that sees tool calls is attached in this run tree; kept on its root."""
         self.lent: dict[str, Budget] = {}
         """The budgets of guarded objects and nodes that were called in it, or in one nested in it, by name: they can be topped up."""
         self.resumable = resumable
@@ -124,6 +132,7 @@ class Run:
         """Why every call in it is refused."""
         self._leases: set[object] = set()
         self._is_left = False
+        self._handled = id(sys.exception())
         self._tally = Tally()
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -364,13 +373,16 @@ class Run:
 
         return end
 
-    def end(self, *, at_once: bool = False) -> RunSummary:
+    def end(self, *, at_once: bool = False, is_finished: bool = True) -> RunSummary:
         """End the run: what is still held is charged, because it may have been sent. Does nothing the second time.
 
-        It goes on while a stream that was made in it waits to be read, unless ``at_once`` says that nobody will.
+        It goes on while a stream that was made in it waits to be read, unless ``at_once`` says that nobody will. ``is_finished`` tells
+        whether its work has come to its end, unless an exception ends it.
         """
         if self.ended_at is not None:
             return self.summary()
+        error = sys.exception()
+        is_finished &= not (at_once or self._is_left or (error is not None and id(error) != self._handled))
         self._is_left = True
         if self._leases and not at_once:
             return self.summary()
@@ -392,7 +404,12 @@ class Run:
             logger.exception("How the budgets of the run %s stand cannot be told.", self.run_id)
             summary = summarize(self, self._tally, [])
         if self.parent is not None:
+            self.parent.is_asked |= self.is_asked
             self._take_along()
+        if self.pid == os.getpid():
+            idle = self.watchdog.idle.ended(self, is_finished=is_finished)
+            if idle is not None:
+                self.watchdog.tell(idle)
         self.watchdog.run_is_over(self, summary)
         return summary
 

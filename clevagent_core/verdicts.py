@@ -14,10 +14,10 @@ class Incident:
     """Something that is wrong, with the numbers it rests on. Plain data: it can be pickled and sent."""
 
     kind: str
-    """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``overshoot``, ``assumption``, ``loop``, ``guard`` (a guard
-    of ours or of a plugin failed), ``ledger`` (it cannot be used), ``usage`` (a provider's report cannot be true), ``thread``
-    (nobody can tell whose a call is), ``stall``, ``spike``, ``crash`` (an exception that nobody caught), ``remote`` and ``paused`` (asked for
-    from outside), or a plugin's own word."""
+    """What is wrong: ``budget`` (refused), ``busy``, ``budget_warning``, ``idle_budget`` (it has covered no call of a run that is over),
+    ``overshoot``, ``assumption``, ``loop``, ``guard`` (a guard of ours or of a plugin failed), ``ledger`` (it cannot be used), ``usage`` (a
+    provider's report cannot be true), ``thread`` (nobody can tell whose a call is), ``stall``, ``spike``, ``crash`` (an exception that
+    nobody caught), ``remote`` and ``paused`` (asked for from outside), or a plugin's own word."""
     message: str
     """What happened, what it means and what to do, in sentences."""
     agent: str = ""

@@ -22,6 +22,7 @@ from clevagent_core.clock import Clock, SystemClock
 from clevagent_core.control import Control
 from clevagent_core.errors import LedgerError, UsageError
 from clevagent_core.frames import Frame, Within, frame_of, living
+from clevagent_core.idle import IdleBudgets, place
 from clevagent_core.incidents import IncidentTeller
 from clevagent_core.interrupts import is_interrupt
 from clevagent_core.ledger.account import Ledger
@@ -85,6 +86,8 @@ class Watchdog:
         """The latest incidents, oldest first."""
         self.steps = Steps()
         """How the whole process gets on."""
+        self.idle = IdleBudgets()
+        """Which names exist, and which budgets have covered a call."""
         self._ended = Tally()
         """What the runs that are over have used."""
         self._roots: dict[Run, None] = {}
@@ -276,6 +279,8 @@ class Watchdog:
             for guard in guards:
                 own.register(guard)
         run = Run(self, budgets=budgets, tags=tags, parent=parent, run_id=run_id, dry_run=dry_run, guards=own, resumable=resumable)
+        if budgets:
+            run.place = place()
         self._has_started_run = True
         with self._lock:
             if parent is None:
@@ -390,6 +395,9 @@ class Watchdog:
                 run.end(at_once=True)
             self.process_run.end()
             self.record_waiting()
+            idle = self.idle.process_ended(self.process_run)
+            if idle is not None:
+                self.tell(idle)
             if self.unrecorded:
                 logger.warning("%d calls that were logged could not be recorded in the ledger, and are lost.", len(self.unrecorded))
         # else forked: the runs are the parent's to end.

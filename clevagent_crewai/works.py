@@ -51,6 +51,7 @@ class Work(Activity):
         """Those that no run of its own holds: they count from the outermost run on."""
         # Raw threads do not inherit it: of two kickoffs at once, one would become a part of the other.
         self.run = run or watchdog.start_run(budgets=budgets, parent=run_around(watchdog), inherited=False)
+        self.run.root.sees_tools = True
         self._tasks: dict[tuple[str, str], Run] = {}
         self._models = {id(model) for model in models}
         self._lock = threading.RLock()
@@ -129,6 +130,7 @@ class Work(Activity):
         with self._lock:
             found = self._tasks.get(key)
             if found is None:
+                self.run.met.update(budget.label for budget in own)
                 found = self._tasks[key] = self.watchdog.start_run(budgets=own, parent=run, inherited=False)
             return found
 

@@ -222,6 +222,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         except ClevAgentError:
             logger.exception("ClevAgent could not begin a run; what is called in it belongs to the process.")
             return
+        run.root.sees_tools = True
         tracker.start(run_id, None, run, is_root=is_root, tool=None)
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:

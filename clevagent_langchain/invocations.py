@@ -60,15 +60,16 @@ class Invocation:
         # What was worked out for it where it was before, budgets and loops, holds no more.
         run.root.state.pop(self._loops, None)
         run.parent, run.root = (outer, outer.root) if outer is not None else (None, run)
+        run.root.sees_tools = True
         run.tags = dict(outer.tags) if outer is not None else {}
         if outer is not None and outer.guards is not None:
             run.guards = outer.guards + run.guards if run.guards is not None else outer.guards
         run.memo.clear()
         run.state.clear()
 
-    def end(self) -> None:
-        """End the run; does nothing the second time."""
-        self.run.end()
+    def end(self, *, is_finished: bool = False) -> None:
+        """End the run; does nothing the second time. ``is_finished`` tells whether the agent has come to its end."""
+        self.run.end(is_finished=is_finished and self.ending is None)
         # The guard keeps what it saw with the outermost run, which may outlive many agents.
         self.run.root.state.pop(self._loops, None)
 
@@ -141,7 +142,7 @@ class Invocations:
         if seat is not None:
             with self._lock:
                 self._resumable.pop(str(seat), None)
-            seat.invocation.end()
+            seat.invocation.end(is_finished=True)
         return seat
 
     def end_abandoned(self, state: Mapping[str, Any]) -> None:

@@ -245,6 +245,9 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
         loops = LoopGuard(on_loop="warn" if self._on_loop == "warn" else "raise")
         # One that waits to be resumed must not draw the calls of threads that inherit no run.
         run = watchdog.start_run(budgets=self._budgets, parent=outer_run(watchdog), guards=[loops], inherited=not is_saved)
+        run.root.sees_tools = True
+        if key is not None:
+            run.met.update(budget.label for budget in self._budgets)  # what it has done before it was resumed, nobody here knows
         return self._invocations.take_seat(Invocation(run, loops), is_resumable=is_saved, key=key)
 
     def _seat(self, state: Any) -> Seat:

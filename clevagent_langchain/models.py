@@ -433,9 +433,17 @@ async def _astream(
 
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
+    _note_asked(self)  # LangChain calls this before it looks into its cache
     params: dict[str, Any] = dict(_base(self)._get_ls_params(self, stop=stop, **kwargs))  # noqa: SLF001 - overridden here
     params[GUARDED] = True
     return params
+
+
+def _note_asked(model: BaseChatModel) -> None:
+    """Let the runs around know that a guarded model was asked, also where the answer comes from a cache, and is no call."""
+    guard = _guard_of(model)
+    if guard is not None:
+        default.note_asked(guard.watchdog)
 
 
 def _entering(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -228,7 +228,9 @@ class Invocation:
         if before is not None:
             # Of the same run, before it was resumed: what it has opened goes on with it.
             run.accounts.update({key: account for key, account in before.accounts.items() if key not in run.accounts})
-        run.end()
+            run.met |= before.met
+        # What a graph has done before it was resumed, only its own process knows.
+        run.end(is_finished=self.is_finished and (before is not None or not self.may_be_resumed))
         ledger = self.watchdog.ledger
         if run.resumable:
             if self.outer is not None and not self.is_root:
@@ -320,6 +322,7 @@ def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mappi
     may_be_resumed = is_root and is_saved and bool(thread_id) and (input is None or isinstance(input, Command))
     run_id = _id_inside(guard, outer) if not is_root and outer is not None and is_saved else uuid.uuid4().hex
     run = watchdog.start_run(budgets=guard.budgets, tags=tags, parent=parent, run_id=run_id, resumable=is_saved)
+    run.root.sees_tools = True
     invocation = Invocation(guard, watchdog, run, outer)
     invocation.is_root, invocation.is_saved, invocation.may_be_resumed = is_root, is_saved, may_be_resumed
     invocation.thread_id = str(thread_id) if thread_id and is_root else None
