@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from clevagent_core.budgets import TOOL_CALLS, Budget, matches
 from clevagent_core.calls import Call, ToolCall
-from clevagent_core.names import KINDS, Kind, closest, listed
+from clevagent_core.names import KINDS, Kind, Known, closest, listed
 from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ class IdleBudgets:
         known = self.names[kind]
         if len(known) < _MOST:
             known.update(names)
+
+    def learn_known(self, known: Mapping[Kind, Known]) -> None:
+        """Take note of the names that an object has."""
+        for kind, of_kind in known.items():
+            self.learn(kind, of_kind.names)
 
     def ended(self, run: Run, *, is_finished: bool) -> Incident | None:
         """Take note of a run that ends; give what is to be told of budgets that have covered nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 from typing import Literal, NamedTuple
 
@@ -70,22 +70,19 @@ def listed(names: Iterable[str]) -> str:
 def _check(budget: Budget, kind: Kind, pattern: str, known: Known, where: str) -> None:
     if any(matches(pattern, name) for name in known.names):
         return
-    around, slash, _ = pattern.partition("/")
-    if slash and around in known.opaque:
+    parts = pattern.split("/")
+    if any("/".join(parts[:depth]) in known.opaque for depth in range(1, len(parts))):
         return  # inside the user's own code: anything can be called there
-    meant = closest(pattern, [name for name in known.names if ("/" in name) == bool(slash)])
+    meant = closest(pattern, [name for name in known.names if ("/" in name) == ("/" in pattern)])
     if meant is None and not known.is_complete:
         return
     hint = f"Did you mean {kind}={meant!r}?" if meant is not None else "Give one of them; * and ? match."
-    inside = (
-        f" (For a {kind} of something that is called inside {listed(known.opaque)}, write the path, such as "
-        f"{kind}={f'{min(known.opaque)}/{pattern}'!r}, or guard that.)"
-        if kind == "node" and known.opaque
-        else ""
-    )
+    if known.opaque:
+        around = meant if meant in known.opaque else min(known.opaque)
+        hint += f" (For something that is called inside one of them, write the path, as {kind}={f'{around}/{pattern}'!r}, or guard that.)"
     raise UsageError(
         f"Budget({budget.label!r}, {kind}={pattern!r}) was given to {where}, which has no {kind} of that name, so it would never stop "
-        f"anything. Known here: {listed(known.names) or 'none'}. {hint}{inside}"
+        f"anything. Known here: {listed(known.names) or 'none'}. {hint}"
     )
 
 
@@ -97,8 +94,3 @@ def _likeness(one: str, other: str) -> float:
     if one[:1] != other[:1] or one.translate(_WITHOUT_DIGITS) == other.translate(_WITHOUT_DIGITS):
         return 0.0
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
-
-
-def known_names(names: Sequence[str], *, is_complete: bool = False) -> Known:
-    """Make what is known of names that hold no others."""
-    return Known(frozenset(names), is_complete)

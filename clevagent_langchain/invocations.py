@@ -45,6 +45,8 @@ class Invocation:
         """Why the agent ends: no call is made any more but the closing one."""
         self.is_closed = False
         """Whether the closing message was written."""
+        self.is_checked = False
+        """Whether the tools that budgets name were looked for."""
         self.seat: weakref.ref[Seat] | None = None
         """Where it is held while the graph runs; ``None`` after it was resumed, until the model has answered once."""
         self._loops = loops

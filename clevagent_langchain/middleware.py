@@ -25,6 +25,7 @@ from clevagent_core.budgets import UNITS, Budget, as_budgets
 from clevagent_core.errors import BudgetBusy, LoopDetected, Stopped, UsageError
 from clevagent_core.guards.loop import LoopGuard
 from clevagent_core.interrupts import is_interrupt
+from clevagent_core.names import Kind, Known, check_known
 from clevagent_core.tickets import Ticket
 from clevagent_core.verdicts import Incident
 from clevagent_core.watchdog import Watchdog
@@ -40,7 +41,7 @@ from clevagent_langchain.closing import (
 from clevagent_langchain.graphs import aopen_in_graph, open_in_graph
 from clevagent_langchain.invocations import KEY, Invocation, Invocations, Seat, WatchedState
 from clevagent_langchain.models import budgets_of, guard_model
-from clevagent_langchain.surroundings import agent_name, inside, is_resumable, outer_run, register
+from clevagent_langchain.surroundings import agent_name, inside, is_resumable, outer_run, register, tool_names
 from clevagent_langchain.tool_calls import call_of, fail, needs_ticket, settle
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
     Raises:
         BudgetBusy: out of the agent's ``invoke``: what is left is held by calls in flight, so the same may fit later.
         BudgetExceeded: the same, with ``on_exceed="raise"``. LoopDetected: with ``on_loop="raise"``.
-        UsageError: at once, for what is wrong here; out of ``invoke``, for a model that cannot be guarded or priced.
+        UsageError: at once, for what is wrong here; out of ``invoke``, for a model that cannot be guarded or priced, and for a budget that
+            misspells a tool.
 
     """
 
@@ -112,6 +114,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
                 "clevagent.init(), or give a clevagent.Watchdog(...)."
             )
         self._budgets = _checked(budgets)
+        self._names_tools = any(budget.tool not in {None, "*"} for budget in self._budgets)
         self._on_exceed = on_exceed
         self._on_loop = on_loop
         self._own = watchdog
@@ -150,6 +153,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
         """Send the call through a guarded copy of the model; end the agent when it is refused."""
         seat = self._seat(request.state)
         invocation = seat.invocation
+        self._check_tools(invocation, request)
         request = request.override(model=self._guarded(request.model))
         attempt = request
         with inside(invocation.run):
@@ -177,6 +181,7 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
         """Do what ``wrap_model_call`` does, without blocking the event loop."""
         seat = self._seat(request.state)
         invocation = seat.invocation
+        self._check_tools(invocation, request)
         request = request.override(model=self._guarded(request.model))
         attempt = request
         with inside(invocation.run):
@@ -259,6 +264,15 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
                 return self._invocations.find(state) or self._begin(state.get(KEY))
         seat.invocation.move_into(outer_run(seat.invocation.run.watchdog))
         return seat
+
+    def _check_tools(self, invocation: Invocation, request: ModelRequest[Any]) -> None:
+        """Look for the tools that budgets name, in front of the first request of an invocation."""
+        if invocation.is_checked or not self._names_tools:
+            return
+        known: dict[Kind, Known] = {"tool": Known(tool_names(request.tools))}
+        check_known(self._budgets, known, where="BudgetMiddleware()")
+        invocation.run.watchdog.idle.learn_known(known)
+        invocation.is_checked = True
 
     def _guarded(self, model: BaseChatModel) -> BaseChatModel:
         known = self._models.get(id(model))

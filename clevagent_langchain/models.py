@@ -40,6 +40,7 @@ from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
 from clevagent_core.frames import entry, frame_of, stand_in
+from clevagent_core.names import Known, check_known
 from clevagent_core.runs import Run
 from clevagent_core.streams import abelonging, belonging
 from clevagent_core.tickets import Ticket
@@ -146,6 +147,34 @@ def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget
             "create_agent(clevagent.guard(model), tools); or attach to everything with clevagent.init(attach=['langchain'])."
         )
     return None
+
+
+def check_model_names(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> None:
+    """Refuse budgets that misspell the name of the model they were given to.
+
+    Another model's name is fine, where that model is known: calls may name it (``model.bind(model=...)``).
+
+    Raises:
+        UsageError: a name that is nearly the model's, and no other model's.
+
+    """
+    if all(budget.model is None for budget in budgets):
+        return
+    names = set(_names_of(obj))
+    price = (watchdog or default.current()).plugins.price
+    unknown = [budget for budget in budgets if budget.model is not None and price(budget.model, None, None) is None]
+    check_known(unknown, {"model": Known(names)}, where="guard(model)")
+
+
+def _names_of(obj: object) -> Iterator[str]:
+    if isinstance(obj, BaseChatModel):
+        yield dialect_of(obj).model_name(obj)
+    elif isinstance(obj, RunnableBindingBase):
+        yield from (str(name) for name in (obj.kwargs.get("model"), obj.kwargs.get("model_name")) if name)
+        yield from _names_of(obj.bound)
+    elif isinstance(obj, RunnableWithFallbacks):
+        for runnable in obj.runnables:
+            yield from _names_of(runnable)
 
 
 def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Budget, ...]) -> BaseChatModel:

@@ -25,11 +25,12 @@ class LangChainPlugin:
         """Guard a chat model, or the one inside a binding (``model.bind_tools(...)``)."""
         if "langchain_core.language_models" not in sys.modules:
             return None  # then obj cannot be a model
-        from clevagent_langchain.models import guard_model  # noqa: PLC0415 - imports LangChain
+        from clevagent_langchain.models import check_model_names, guard_model  # noqa: PLC0415 - imports LangChain
 
         guarded = guard_model(obj, watchdog, budgets)
         if guarded is not None:
             check_actions(budgets, where="guard(model)")
+            check_model_names(obj, watchdog, budgets)
             if on_exceed is not None and not budgets:
                 raise UsageError(
                     f"guard(model, on_exceed={on_exceed!r}) has no budgets of its own to which that could apply. "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
+from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager
 from langchain_core.tracers.context import register_configure_hook
@@ -18,6 +21,9 @@ from clevagent_langchain.tracker import tracker_of
 
 _CHECKPOINTER = "__pregel_checkpointer"
 """Where LangGraph keeps the checkpointer of a graph that runs, its own or that of the graph around it."""
+
+
+_MODEL_NODES = frozenset({"model_node", "amodel_node"})
 
 
 class _ModelCalls(ClevAgentCallbackHandler):
@@ -64,6 +70,23 @@ def outer_run(watchdog: Watchdog) -> Run | None:
 def is_resumable() -> bool:
     """Tell whether the graph that runs is saved, so that it can go on after an interrupt or an error."""
     return bool(get_config().get("configurable", {}).get(_CHECKPOINTER))
+
+
+def tool_names(offered: Iterable[Any]) -> set[str]:
+    """Name the tools of the agent in whose model node this is, and those that are offered to the model: other middleware chooses of them.
+
+    All of them are known where the agent makes its request, which is looked for on the stack. Checked with langchain 1.4.
+    """
+    tools = list(offered)
+    python: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundred times as fast as inspect
+    while python is not None and not (
+        python.f_code.co_name in _MODEL_NODES and python.f_globals.get("__name__") == "langchain.agents.factory"
+    ):
+        python = python.f_back
+    if python is not None:
+        tools += python.f_locals.get("default_tools", ())
+    names = (tool.get("name") if isinstance(tool, dict) else getattr(tool, "name", None) for tool in tools)
+    return {name for name in names if isinstance(name, str)}
 
 
 def agent_name() -> str | None:

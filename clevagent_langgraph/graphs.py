@@ -12,6 +12,7 @@ import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 from langgraph.pregel import Pregel
 from langgraph.pregel.protocol import PregelProtocol
@@ -41,6 +42,8 @@ class GraphGuard:
     own_watchdog: Watchdog | None
     stops: Kept[str, Incident] = field(default_factory=Kept)
     """Why the last invocation on a thread was stopped."""
+    checked_for: WeakSet[Watchdog] = field(default_factory=WeakSet)
+    """For whom the names in its budgets were looked for in the graph."""
 
     @property
     def watchdog(self) -> Watchdog:

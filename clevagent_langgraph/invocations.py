@@ -19,8 +19,10 @@ from langgraph.types import Command
 
 from clevagent_core.errors import Stopped, UsageError
 from clevagent_core.frames import Frame, leave, stand_in, stands
+from clevagent_core.names import check_known
 from clevagent_core.runs import Run
 from clevagent_langchain import ClevAgentCallbackHandler
+from clevagent_langgraph.names import known_names
 from clevagent_langgraph.stops import Halted, ask, bubbling, namespace
 
 if TYPE_CHECKING:
@@ -296,10 +298,16 @@ def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mappi
     """Begin an invocation of a guarded graph: with the run that goes on, where it is resumed inside another graph; else with a new one.
 
     Raises:
-        UsageError: it would have to ask, and the graph around it could not take the answer.
+        UsageError: a budget names a node or tool that the graph has not; or it would have to ask, and the graph around it could not take
+            the answer.
 
     """
     watchdog = guard.watchdog
+    if guard.budgets and watchdog not in guard.checked_for:
+        known = known_names(graph)
+        check_known(guard.budgets, known, where="guard(graph)")
+        watchdog.idle.learn_known(known)
+        guard.checked_for.add(watchdog)
     outer = _current.get()
     if outer is not None and outer.watchdog is not watchdog:
         outer = None

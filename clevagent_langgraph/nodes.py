@@ -25,6 +25,7 @@ from clevagent_core.errors import UsageError
 from clevagent_core.frames import enter, frame_of, leave, wraps_up
 from clevagent_core.guards.messages import exhausted_incident
 from clevagent_core.ledger.account import Refusal
+from clevagent_core.names import Known, check_known
 from clevagent_langchain.graphs import nodes_of
 from clevagent_langgraph.stops import bubbling
 
@@ -63,7 +64,7 @@ def monitored_node(
         watchdog: another watchdog than the process's own.
 
     Raises:
-        UsageError: what cannot be wrapped, with the way that can; a budget that asks for a graceful end.
+        UsageError: what cannot be wrapped, with the way that can; a budget that asks for a graceful end, or misspells the node.
 
     """
     if name is not None and not isinstance(name, str):
@@ -75,6 +76,7 @@ def monitored_node(
 
     def decorate(function: F) -> F:
         called = name or _name_of(function)
+        check_known(own, {"node": Known({called}, opaque={called})}, where=f"monitored_node({called!r})")
         return _watched(function, called, tuple(_of_node(budget, called) for budget in own), watchdog)
 
     return decorate
