@@ -25,6 +25,7 @@ from clevagent_core.errors import BudgetExceeded, Stopped, UsageError
 from clevagent_crewai import models
 from clevagent_crewai.caches import cache
 from clevagent_crewai.gates import attached, name_of, task_name_of
+from clevagent_crewai.names import learn_names
 from clevagent_crewai.outputs import output_of
 from clevagent_crewai.progress import watch_tasks
 from clevagent_crewai.scopes import open_scopes, put_back
@@ -165,7 +166,7 @@ class _Kickoff:
         obj, guard = self._obj, self._guard
         for work in works():
             work.check()  # a thread that a kickoff has left behind begins no other
-        known = _models_of(obj)
+        known = models_in(obj)
         if guard is not None:
             watchdog = guard.watchdog or default.current()
             # An agent in a crew's kickoff, or in a block, is a part of that run.
@@ -184,6 +185,7 @@ class _Kickoff:
         self._stack.__exit__(kind, error, traceback)
 
     def _enter(self, work: Work) -> None:
+        learn_names(work.obj, work.watchdog)
         self._stack.enter_context(_entered(work))
         self._works.append(work)
 
@@ -235,7 +237,8 @@ def _entered(work: Work) -> Iterator[None]:
         yield
 
 
-def _models_of(obj: Any) -> list[Any]:
+def models_in(obj: Any) -> list[Any]:
+    """Give the models of a crew and its agents, or of an agent, that are models already."""
     agents = [*getattr(obj, "agents", ()), getattr(obj, "manager_agent", None), obj]
     values = [
         # Not by getattr: one of them is deprecated, and says so whenever it is read.

@@ -11,8 +11,9 @@ from crewai.llms.base_llm import BaseLLM
 
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.errors import UsageError
-from clevagent_crewai.crews import Guard, check_scopes, guard_agent, guard_crew, guard_flow
+from clevagent_crewai.crews import Guard, check_scopes, guard_agent, guard_crew, guard_flow, models_in
 from clevagent_crewai.models import guard_model
+from clevagent_crewai.names import check_names
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -30,6 +31,7 @@ def guard(obj: object, watchdog: Watchdog | None, budgets: tuple[Budget, ...], o
         if on_exceed != "halt":  # for the budgets around it, too
             _needs_budgets("crew", budgets, on_exceed)
         check_scopes(obj, budgets)
+        budgets = check_names(obj, models_in(obj), watchdog, budgets, where="guard(crew)")
         return guard_crew(obj, Guard(watchdog, budgets, on_exceed))
     if isinstance(obj, BaseLLM):
         check_actions(budgets, where="guard(llm)")
@@ -38,6 +40,7 @@ def guard(obj: object, watchdog: Watchdog | None, budgets: tuple[Budget, ...], o
     if isinstance(obj, BaseAgent):
         check_actions(budgets, where="guard(agent)")
         _needs_budgets("agent", budgets, on_exceed)
+        budgets = check_names(obj, models_in(obj), watchdog, budgets, where="guard(agent)")
         return guard_agent(obj, Guard(watchdog, budgets, on_exceed))
     if isinstance(obj, Flow):
         check_actions(budgets, where="guard(flow)")
