@@ -111,6 +111,8 @@ def cover(run: Run, call: Call, extra: Sequence[Budget] = ()) -> Cover:
     if extra:
         for current in run.chain():
             current.lent.update({budget.label: budget for budget in extra})
+    if isinstance(call, LLMCall) and call.tools:
+        run.watchdog.idle.learn_tools(call)
     for budget, anchor in scopes(run, extra):
         if not budget.covers(call):
             continue

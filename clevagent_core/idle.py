@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from clevagent_core.budgets import TOOL_CALLS, Budget, matches
-from clevagent_core.calls import Call, ToolCall
+from clevagent_core.calls import Call, LLMCall, ToolCall
 from clevagent_core.names import KINDS, Kind, Known, closest, listed
 from clevagent_core.verdicts import Incident
 
@@ -91,6 +91,12 @@ class IdleBudgets:
         """Take note of the names that an object has."""
         for kind, of_kind in known.items():
             self.learn(kind, of_kind.names)
+
+    def learn_tools(self, call: LLMCall) -> None:
+        """Take note of the tools that a model is offered, as OpenAI and Anthropic have them."""
+        schemas = [tool.get("function", tool) for tool in call.tools if isinstance(tool, Mapping)]
+        names = [schema.get("name") for schema in schemas if isinstance(schema, Mapping)]
+        self.learn("tool", [name for name in names if isinstance(name, str)])
 
     def ended(self, run: Run, *, is_finished: bool) -> Incident | None:
         """Take note of a run that ends; give what is to be told of budgets that have covered nothing."""

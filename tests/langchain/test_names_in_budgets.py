@@ -13,7 +13,7 @@ from langchain_core.caches import InMemoryCache
 import clevagent
 from clevagent import Budget, BudgetExceeded, UsageError
 from clevagent.testing import Reply
-from clevagent_langchain import BudgetMiddleware
+from clevagent_langchain import BudgetMiddleware, ClevAgentCallbackHandler
 
 HELLO = {"messages": [("user", "Hello")]}
 
@@ -151,6 +151,15 @@ def test_tools_that_were_not_called_are_not_told(chat, provider, idle):
     ours = BudgetMiddleware(budgets=[Budget(tool_calls=1, tool="fetch_page"), Budget(tool_calls=9), Budget(usd=1)])
     with clevagent.run(budgets=[Budget(tool_calls=5), Budget(tool_calls=2, tool="fetch*")]):
         create_agent(chat(max_tokens=9), [fetch_page], middleware=[ours]).invoke(HELLO)
+    assert idle() == []
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_handler_knows_the_tools_that_a_model_is_offered(chat, provider, idle, is_guarded):
+    model = clevagent.guard(chat(max_tokens=9)) if is_guarded else chat(max_tokens=9)
+    with clevagent.run(budgets=[Budget(tool_calls=5, tool="fetch_page"), Budget(tool_calls=5, name="any")]):
+        create_agent(model, [fetch_page]).invoke(HELLO, {"callbacks": [ClevAgentCallbackHandler()]})
+    assert provider.request_count == 1
     assert idle() == []
 
 
