@@ -35,12 +35,11 @@ _HOW_TOOLS = (
 
 def limits(budget: Budget, call: Call) -> bool:
     """Tell whether ``call``, which ``budget`` covers, counts against one of its limits: tool calls use neither money nor tokens."""
-    if budget.seconds is not None:
-        return True
-    is_tool = isinstance(call, ToolCall)
-    return (budget.baseline_multiple is not None and not is_tool) or any(
-        (unit == TOOL_CALLS) == is_tool for unit, _ in budget.limits()
-    )
+    # Field by field: limits() converts them, and this is asked for each budget of a run.
+    if isinstance(call, ToolCall):
+        return budget.tool_calls is not None or budget.seconds is not None
+    fields = (budget.usd, budget.tokens, budget.llm_calls, budget.input_tokens, budget.output_tokens, budget.seconds)
+    return any(limit is not None for limit in (*fields, budget.baseline_multiple))
 
 
 def place() -> object:
@@ -48,7 +47,7 @@ def place() -> object:
     frame = sys._getframe(2)  # noqa: SLF001 - documented, and a hundred times as fast as inspect
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("clevagent", "contextlib")):
         frame = frame.f_back
-    return frame.f_code, frame.f_lineno
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 class _Seen(NamedTuple):
@@ -101,17 +100,19 @@ class IdleBudgets:
     def ended(self, run: Run, *, is_finished: bool) -> Incident | None:
         """Take note of a run that ends; give what is to be told of budgets that have covered nothing."""
         tally = run.tally
-        for kind, names in _names(tally).items():
-            self.learn(kind, names)
-        if run.parent is None:
+        for kind, table in _tables(tally):
+            if not self.names[kind].issuperset(table):
+                self.learn(kind, _parts(kind, table))
+        if run.parent is None and run.watchdog.settings.budgets:
             self._met.update(budget.label for budget in run.watchdog.settings.budgets if budget.label in run.met)
         if not run.budgets:
             return None
         if len(self._acted) < _MOST:
             self._acted.update((run.place, label) for label in run.met)
-        if not is_finished or run.resumable or run.stops or tally.refusals or not run.hooks().reserve or run.watchdog.unrecorded:
+        if run.met.issuperset([budget.label for budget in run.budgets]) or not is_finished or not _has_said_all(run):
             return None
-        seen = _Seen(sum(row[0] for row in list(tally.by_model.values())), tally.tool_calls, _names(tally), run.root.sees_tools)
+        names = {kind: _parts(kind, table) for kind, table in _tables(tally)}
+        seen = _Seen(sum(row[0] for row in list(tally.by_model.values())), tally.tool_calls, names, run.root.sees_tools)
         idle = [budget for budget in run.budgets if self._is_idle(run, budget, seen)]
         return _incident(run, idle, seen) if idle else None
 
@@ -151,18 +152,19 @@ class IdleBudgets:
         return any(self.names[kind] and _is_unknown(getattr(budget, kind), self.names[kind]) for kind in KINDS)
 
 
-def _names(tally: Tally) -> dict[Kind, set[str]]:
-    tables: tuple[tuple[Kind, Mapping[str, object]], ...] = (
-        ("node", tally.by_node),
-        ("tool", tally.by_tool),
-        ("model", tally.by_model),
-    )
-    found: dict[Kind, set[str]] = {}
-    for kind, table in tables:
-        names = list(table)
-        # Paths, and what they consist of; the names of models have slashes of their own.
-        found[kind] = set(names) if kind == "model" else {part for name in names for part in (name, *name.split("/"))}
-    return found
+def _has_said_all(run: Run) -> bool:
+    """Tell whether all that a run would call was called: it was not stopped, may not be resumed, and nothing is still to be counted."""
+    return not (run.resumable or run.stops or run.tally.refusals or run.watchdog.unrecorded) and bool(run.hooks().reserve)
+
+
+def _tables(tally: Tally) -> tuple[tuple[Kind, Mapping[str, object]], ...]:
+    return ("node", tally.by_node), ("tool", tally.by_tool), ("model", tally.by_model)
+
+
+def _parts(kind: Kind, table: Mapping[str, object]) -> set[str]:
+    """Give names: paths, and what they consist of; those of models have slashes of their own."""
+    names = list(table)
+    return set(names) if kind == "model" else {part for name in names for part in (name, *name.split("/"))}
 
 
 def _can_limit(budget: Budget) -> bool:
