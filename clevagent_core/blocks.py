@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from clevagent_core.budgets import Budget, as_budgets, check_actions
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Frame, frame_of, leave, left_by, open_block, stand_in, stands
+from clevagent_core.frames import Frame, block_here, finish, frame_of, is_split, leave, left_by, open_block, stand_in, stands
 from clevagent_core.runs import Run
 
 P = ParamSpec("P")
@@ -94,6 +95,13 @@ class RunBlock:
         """End the run; what was raised goes on."""
         self.__exit__(kind, error, traceback)
 
+    def __del__(self) -> None:
+        """A generator whose event loop was closed goes away, and does not leave its block."""
+        for frame in self.__dict__.get("_frames", ()):
+            if frame.block is not None and frame.block.opener:
+                finish(frame)
+                frame.watchdog.end_soon(frame.run)
+
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Make each call of ``function`` a run of its own: sync or async, a generator or not.
 
@@ -134,8 +142,14 @@ class RunBlock:
         )
 
     @contextmanager
-    def _stepped(self) -> Iterator[_Steps]:
+    def _stepped(self, function: Callable[..., Any], stepper: FrameType | None) -> Iterator[_Steps]:
         """Begin a run that is in force in the steps of one generator only."""
+        if is_split(stepper):
+            raise UsageError(
+                f"@clevagent.run(...) on the generator {function.__name__}() covers its body, and this one is stepped as a context manager "
+                "or a dependency, so that what is called between its two steps would be in no run. Open the block inside it: "
+                "`with clevagent.run(...): yield`."
+            )
         run = self._start(inherited=False)
         frame = stands(run.watchdog, run)
         try:
@@ -147,7 +161,7 @@ class RunBlock:
     def _over_steps(self, function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Generator[Any, Any, Any]]:
         @wraps(function)
         def steps(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-            with self._stepped() as in_run:
+            with self._stepped(function, sys._getframe(1)) as in_run:  # noqa: SLF001 - documented
                 generator = function(*args, **kwargs)
                 step: Callable[[], Any] = lambda: next(generator)  # noqa: E731 - the first of those that follow
                 while True:
@@ -173,7 +187,7 @@ class RunBlock:
     def _over_asteps(self, function: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
         @wraps(function)
         async def asteps(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            with self._stepped() as in_run:
+            with self._stepped(function, sys._getframe(1)) as in_run:  # noqa: SLF001 - documented
                 generator = function(*args, **kwargs)
                 step: Callable[[], Any] = generator.__anext__
                 while True:
@@ -207,8 +221,10 @@ class _Steps:
         self._before: Frame | None = None
 
     def __enter__(self) -> None:
-        self._frame.watchdog.set_active(self._frame.run, is_active=True)
-        self._before = stand_in(self._frame)
+        frame = self._frame
+        frame.watchdog.set_active(frame.run, is_active=True)
+        frame.block = block_here()
+        self._before = stand_in(frame)
 
     def __exit__(self, *exception: object) -> None:
         stand_in(self._before)

@@ -13,6 +13,7 @@ Nothing here blocks; all of it is safe from any thread. Checked with CPython 3.1
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import threading
@@ -20,11 +21,19 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR, CO_ITERABLE_COROUTINE
+from inspect import (
+    CO_ASYNC_GENERATOR,
+    CO_GENERATOR,
+    CO_ITERABLE_COROUTINE,
+    isasyncgenfunction,
+    iscoroutinefunction,
+    isgeneratorfunction,
+)
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
+from clevagent_core.errors import UsageError
 
 if TYPE_CHECKING:
     import asyncio
@@ -103,14 +112,18 @@ class Frame:
 class Block:
     """Where a frame was opened."""
 
-    __slots__ = ("driver", "is_outside", "opener", "task", "thread")
+    __slots__ = ("by", "code", "driver", "is_outside", "opener", "task", "thread")
 
     def __init__(self, thread: object, task: object) -> None:
         """Begin it; ``None`` for both where it was carried."""
         self.thread = thread
         self.task = task
         self.opener = 0
-        """The identity of the generator's Python frame that opened it; 0 where it was no generator."""
+        """The identity of the generator's Python frame whose body it covers; 0 where that is no generator."""
+        self.code: CodeType | None = None
+        """The code of that frame."""
+        self.by = 0
+        """The identity of the generator's Python frame that opened it, also through contextlib: the one that leaves it."""
         self.driver: tuple[int, CodeType] | None = None
         """Who stepped the generator then."""
         self.is_outside = False
@@ -148,8 +161,8 @@ _MARKS = "_clevagent_marks"
 _here = _Here()
 _current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
 _openers: dict[int, list[Frame]] = {}
-"""The blocks that are open in generators, by the generator's frame. By its identity: a reference would keep the generator alive, and
-the frame lasts until the generator has ended, which closes the block."""
+"""The blocks that are open in generators, by the generator's frame. By its identity, as a reference would keep the generator alive,
+and its code: a generator whose event loop was closed goes away without closing its block, and its identity may be another's then."""
 _lost: dict[Frame, None] = {}
 """The blocks that were opened, through contextlib, in a context that was thrown away then."""
 
@@ -188,7 +201,8 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
     else:
         frame = Frame(watchdog, run, raw, activity, raw)
     if begins:
-        frame.block = Block(_here.mark, current_task())
+        # A run that is over already is not left here by mistake.
+        frame.block = Block(None, None) if run.ended_at is not None else Block(_here.mark, current_task())
     _current.set(frame)
     return frame
 
@@ -209,17 +223,33 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
     """Enter a block of the user's, which may stand in a generator. To be called by the ``__enter__`` that the user's code calls."""
     frame = enter(watchdog, run, activity, begins=begins)
     caller = sys._getframe(2)  # noqa: SLF001 - documented; inspect.stack() reads files
-    found = _opener(caller) if caller.f_code.co_flags & _GENERATORS or _kind_of(caller) else None
-    if found is not None:
-        block = frame.block = frame.block or Block(_here.mark, current_task())
-        python, driver = found
-        if python is None:
-            _lost[frame] = None
-        else:
-            block.opener = id(python)
-            block.driver = None if driver is None else (id(driver), driver.f_code)
-            _openers.setdefault(block.opener, []).append(frame)
+    if caller.f_code.co_flags & _GENERATORS or _kind_of(caller):
+        _note_opener(frame, caller)
     return frame
+
+
+def _note_opener(frame: Frame, caller: FrameType) -> None:
+    block = frame.block = frame.block or Block(_here.mark, current_task())
+    block.by = _generator_in(caller)
+    found = _opener(caller)
+    if found is None:
+        return
+    python, driver = found
+    if python is None:
+        _lost[frame] = None
+        return
+    block.opener, block.code = id(python), python.f_code
+    block.driver = None if driver is None else (id(driver), driver.f_code)
+    _openers.setdefault(block.opener, []).append(frame)
+
+
+def _generator_in(python: FrameType | None) -> int:
+    """Find the generator that calls a block's method."""
+    while python is not None and not _is_generator(python.f_code):
+        if not _kind_of(python):
+            return 0
+        python = python.f_back
+    return 0 if python is None else id(python)
 
 
 def leave(frame: Frame) -> None:
@@ -239,8 +269,18 @@ def leave(frame: Frame) -> None:
         while top is not None and top is not frame and top.is_over:
             top = top.outer
         if top is not frame:
+            _cut(frame)
             return
     _current.set(frame.outer)
+    _cut(frame)
+
+
+def _cut(frame: Frame) -> None:
+    """Let go of what is over around a frame that is over: code that begins the next from inside the last would keep them all."""
+    around = frame.around
+    while around is not None and around.is_over:
+        around = around.around
+    frame.outer = frame.around = around
 
 
 def finish(frame: Frame) -> None:
@@ -283,15 +323,13 @@ if sys.version_info < (3, 12):
 
 def left_by(frames: list[Frame]) -> Frame:
     """Find which of several frames of one block is left here: that of this generator, else of this context, else the latest."""
-    if len(frames) == 1:
-        return frames[0]
-    found = _opener(sys._getframe(2))  # noqa: SLF001 - as above
-    if found is not None and found[0] is not None:
-        opener = id(found[0])
+    by = _generator_in(sys._getframe(2))  # noqa: SLF001 - as above
+    if by:
         for frame in reversed(frames):
-            if frame.block is not None and frame.block.opener == opener:
+            if frame.block is not None and frame.block.by == by:
                 return frame
-    return next((frame for frame in _chain(_current.get()) if frame in frames and not _is_generators(frame)), frames[-1])
+    here = [frame for frame in _chain(_current.get()) if frame in frames and not (frame.block is not None and frame.block.by)]
+    return here[0] if here else frames[-1]
 
 
 def _counting(frame: Frame | None) -> Frame | None:
@@ -303,11 +341,16 @@ def _counting(frame: Frame | None) -> Frame | None:
 
 
 def _is_passed(frame: Frame, block: Block, stack: dict[int, CodeType]) -> bool:
-    return bool(block.opener) and not frame.is_over and block.opener not in stack and block.is_own()
+    return bool(block.opener) and not frame.is_over and stack.get(block.opener) is not block.code and block.is_own()
 
 
 def _is_generators(frame: Frame) -> bool:
     return frame.block is not None and frame.block.opener != 0
+
+
+def block_here() -> Block:
+    """Tell of this thread and task as where something is opened, or stepped."""
+    return Block(_here.mark, current_task())
 
 
 def stands(watchdog: Any, run: Any) -> Frame:
@@ -315,6 +358,9 @@ def stands(watchdog: Any, run: Any) -> Frame:
     frame = _frame_here(watchdog, run, None, _current.get())
     frame.block = Block(None, None)
     return frame
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Within(ContextDecorator):
@@ -344,6 +390,28 @@ class Within(ContextDecorator):
         frames.remove(frame)
         leave(frame)
 
+    def __call__(self, function: F) -> F:
+        """Enter it for each call of ``function``, sync or async.
+
+        Raises:
+            UsageError: it is a generator, whose body runs in pieces.
+
+        """
+        if isgeneratorfunction(function) or isasyncgenfunction(function):
+            raise UsageError(
+                f"activate(), wrap_up() and outside_runs() cannot decorate the generator {function.__name__}(): its body runs in pieces, and "
+                "none of its calls would be covered. Write the `with` block inside it; or decorate it with @clevagent.run(...)."
+            )
+        if not iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        async def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await function(*args, **kwargs)
+
+        return cast("F", inside)
+
     async def __aenter__(self) -> Any:
         """Enter it; give the run."""
         return self.__enter__()
@@ -356,7 +424,8 @@ class Within(ContextDecorator):
 def stand_in(frame: Frame | None) -> Frame | None:
     """Let what is called in this context stand in a frame that is not left by that; give what to put back, in the same way."""
     before = _current.get()
-    _current.set(frame)
+    if _collecting_in is None or _collecting_in != threading.get_ident():
+        _current.set(frame)
     return before
 
 
@@ -401,6 +470,11 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
             return (None, None) if was_split and kind == "copies" else None
         python = python.f_back
     return None
+
+
+def is_split(python: FrameType | None) -> bool:
+    """Tell whether whoever steps a generator takes its two steps for an enter and an exit."""
+    return python is not None and _kind_of(python) == "splits"
 
 
 def _is_generator(code: CodeType) -> bool:
@@ -475,9 +549,24 @@ def look(watchdog: Any) -> Look:
         if isinstance(below, Frame):
             found, outlived, was_outside = _search(watchdog, below, stack)
             is_outside = is_outside or was_outside
-        elif below is not None:
+        elif below is not None and not _serves_a_loop():
             found, outlived = _marked(watchdog, below)
     return Look(found, outlived, is_outside and found is None)
+
+
+def _serves_a_loop() -> bool:
+    """Tell whether this thread runs an event loop for whoever hands it something, with a context of their own."""
+    if current_task() is None:
+        return False
+    python: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as above
+    while python is not None:
+        if python.f_code.co_name in ("run_until_complete", "run") and python.f_globals.get("__name__") in _RUNNERS:
+            return False
+        python = python.f_back
+    return True
+
+
+_RUNNERS = ("asyncio.base_events", "asyncio.runners")
 
 
 def _search(watchdog: Any, top: Frame | None, stack: dict[int, CodeType]) -> tuple[Frame | None, Outlived | None, bool]:
@@ -529,9 +618,10 @@ def _stack() -> dict[int, CodeType]:
 
 def _stepped(watchdog: Any, stack: dict[int, CodeType]) -> Frame | None:
     """Find the innermost block of ``watchdog`` in a generator that is being stepped here."""
-    for python in stack:
+    for python, code in stack.items():
         for frame in reversed(_openers.get(python, ())):
-            if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
+            is_here = frame.block is not None and frame.block.code is code
+            if is_here and frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
                 return frame
     return None
 
@@ -545,8 +635,9 @@ def _is_consumer(block: Block, stack: dict[int, CodeType]) -> bool:
 
 
 def blocks_of(watchdog: Any) -> list[Any]:
-    """The runs of the blocks that are open in generators, or were opened in a context that is gone."""
-    found = [frame for blocks in list(_openers.values()) for frame in blocks] + list(_lost)
+    """The runs of the blocks that are open in generators of this thread, or were opened in a context that is gone."""
+    found = [frame for blocks in list(_openers.values()) for frame in blocks if frame.block and frame.block.thread is _here.mark]
+    found += _lost
     return [frame.run for frame in found if frame.watchdog is watchdog and frame.run.ended_at is None]
 
 
@@ -580,7 +671,7 @@ def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
-        setattr(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))
+        object.__setattr__(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))  # whatever its class makes of new attributes
 
 
 def _mark_of(frame: Frame) -> _Mark:
@@ -634,9 +725,7 @@ def work_in(frame: Below) -> Below:
 
 def kept(frame: Frame) -> Frame:
     """Make what a stream stands in that was made in ``frame`` and may be read elsewhere."""
-    made = Frame(frame.watchdog, frame.run, frame, None, frame.around)
-    made.block = Block(None, None)
-    return made
+    return Frame(frame.watchdog, frame.run, frame, None, frame)
 
 
 # -- what is asked --------------------------------------------------------------------------------------------------------

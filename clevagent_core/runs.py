@@ -361,17 +361,20 @@ class Run:
         run.barred = incident
         return run
 
-    def lease(self) -> Callable[[], None]:
-        """Keep the run from ending before what was made in it is read: a stream. Give what ends that, once."""
+    def lease(self) -> object:
+        """Keep the run from ending before what was made in it is read: a stream. Give what ``end_lease`` takes."""
         lease = object()
         self._leases.add(lease)
+        return lease
 
-        def end() -> None:
-            self._leases.discard(lease)
-            if self._is_left and not self._leases:
+    def end_lease(self, lease: object, *, soon: bool = False) -> None:
+        """It was read, or never will be; ``soon`` where nothing may be waited for, in a destructor."""
+        self._leases.discard(lease)
+        if self._is_left and not self._leases:
+            if soon:
+                self.watchdog.end_soon(self)
+            else:
                 self.end()
-
-        return end
 
     def end(self, *, at_once: bool = False, is_finished: bool = True) -> RunSummary:
         """End the run: what is still held is charged, because it may have been sent. Does nothing the second time.
@@ -385,6 +388,7 @@ class Run:
         is_finished &= not (at_once or self._is_left or (error is not None and id(error) != self._handled))
         self._is_left = True
         if self._leases and not at_once:
+            self.watchdog.run_is_left(self)
             return self.summary()
         self.ended_at = self.watchdog.clock.wall()
         for work in list(self.root.open_work):
@@ -437,6 +441,8 @@ class Run:
         if self.barred is not None and not self.dry_run:
             self.watchdog.tell_once(self.barred, key=self.barred.kind)
             return Stop(incident=self.barred)
+        if self.watchdog.ending:
+            self.watchdog.end_waiting()
         # hooks(), without the call where the run has no guards of its own.
         hooks = self.watchdog.plugins.bound_hooks if self.guards is None else self.hooks()
         for check, plugin in hooks.before_call:

@@ -16,19 +16,20 @@ def belonging(watchdog: Any, make: Callable[[], Iterator[Any]]) -> Iterator[Any]
 
 def abelonging(watchdog: Any, make: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:
     """Make an asynchronous iterator that belongs to the run of this context, as ``belonging`` does."""
-    frame = frame_of(watchdog)
-    return make() if frame is None else AsyncStream(make(), frame)
+    frame, items = frame_of(watchdog), make()
+    # Some give what has to be awaited first (LangChain's events, version 3): they begin at once.
+    return items if frame is None or not hasattr(items, "__anext__") else AsyncStream(items, frame)
 
 
 class _Bound:
     """Where a stream stands, until it is over."""
 
-    __slots__ = ("_before", "_frame", "_let_go")
+    __slots__ = ("_before", "_frame", "_lease")
 
     def __init__(self, frame: Frame) -> None:
         self._frame = kept(frame)
         self._before: Frame | None = None
-        self._let_go: Callable[[], None] = frame.run.lease()
+        self._lease: object = frame.run.lease()
 
     def __enter__(self) -> None:
         self._before = stand_in(self._frame)
@@ -37,9 +38,14 @@ class _Bound:
         stand_in(self._before)
 
     def end(self) -> None:
-        """It will not be read any further. Sets no context variable: see ``frames.finish``."""
+        """It will not be read any further."""
         finish(self._frame)
-        self._let_go()
+        self._frame.run.end_lease(self._lease)
+
+    def drop(self) -> None:
+        """Nobody holds it any more."""
+        finish(self._frame)
+        self._frame.run.end_lease(self._lease, soon=True)
 
 
 class Stream(Iterator[Any]):
@@ -75,7 +81,7 @@ class Stream(Iterator[Any]):
 
     def __del__(self) -> None:
         """Nobody will read on: what it reads is closed by going away itself."""
-        self._bound.end()
+        _drop(self)
 
 
 class AsyncStream(AsyncIterator[Any]):
@@ -110,5 +116,12 @@ class AsyncStream(AsyncIterator[Any]):
             self._bound.end()
 
     def __del__(self) -> None:
-        """Nobody will: the event loop closes what it has read from."""
-        self._bound.end()
+        """Nobody will read on: the event loop closes what it has read from."""
+        _drop(self)
+
+
+def _drop(stream: Stream | AsyncStream) -> None:
+    # Perhaps by the garbage collector, which must wait for nobody; and perhaps it was never made (a signal handler has raised).
+    bound: _Bound | None = stream.__dict__.get("_bound")
+    if bound is not None:
+        bound.drop()

@@ -96,6 +96,9 @@ class Watchdog:
         self.plugins = Plugins(block=self.settings.block)
         self._teller = IncidentTeller(self.plugins.incident, self.clock)
         self._lock = threading.RLock()
+        self._left: dict[Run, None] = {}
+        self.ending: deque[Run] = deque()
+        """Runs that are to be ended by whoever comes next."""
         # The runs that raw threads may belong to, each with whether it is a block of the user's.
         self._active: dict[Run, bool] = {}
         self._rates: dict[tuple[str, str | None, str | None], tuple[Rates | None, float]] = {}
@@ -282,6 +285,8 @@ class Watchdog:
         if budgets:
             run.place = place()
         self._has_started_run = True
+        if self.ending:
+            self.end_waiting()
         with self._lock:
             if parent is None:
                 self._roots[run] = None
@@ -290,10 +295,30 @@ class Watchdog:
         self.plugins.run_started(run)
         return run
 
+    def run_is_left(self, run: Run) -> None:
+        """Take note that a run only waits for its streams to be read: code that nobody has told of a run is none of it."""
+        with self._lock:
+            self._left[run] = None
+            self._active.pop(run, None)
+
+    def end_soon(self, run: Run) -> None:
+        """End a run before the next call or run: where nothing may be waited for, in a destructor."""
+        self.ending.append(run)
+
+    def end_waiting(self) -> None:
+        """End the runs that were to be ended soon."""
+        while self.ending:
+            try:
+                run = self.ending.popleft()
+            except IndexError:  # another thread has taken it
+                return
+            run.end()
+
     def run_is_over(self, run: Run, summary: RunSummary) -> None:
         """Take note that a run has ended, and tell observers."""
         with self._lock:
             self._active.pop(run, None)
+            self._left.pop(run, None)
             if self._roots.pop(run, run) is None:
                 run.tally.bequeath(self._ended)
         self.plugins.run_ended(run, summary)
@@ -389,8 +414,9 @@ class Watchdog:
         self._shutdown_by = self.clock.monotonic() + self.settings.flush_s
         self.control.close()
         if self.pid == os.getpid():
+            self.end_waiting()
             with self._lock:
-                active = list(self._active)
+                active = [*self._active, *self._left]
             for run in reversed(active):
                 run.end(at_once=True)
             self.process_run.end()

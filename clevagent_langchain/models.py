@@ -235,7 +235,7 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "_astream_chat_model_events": None,
     }
     body |= {name: _entering(getattr(base, name)) for name in _ENTRIES}
-    body |= {name: _made_here(getattr(base, name), make) for name, make in (("stream", belonging), ("astream", abelonging))}
+    body |= {name: _made_here(getattr(base, name), make) for name, make in _STREAMS}
     methods = {"_agenerate": _agenerate, "_stream": _stream, "_astream": _astream}
     body |= {name: method for name, method in methods.items() if getattr(base, name) is not getattr(BaseChatModel, name)}
     wrappers = {name: getattr(base, name, None) for name in _WRAPPERS}
@@ -288,6 +288,12 @@ _WRAPPERS = (
 """Methods that put a model into something that has ``with_fallbacks`` too."""
 
 
+_STREAMS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("stream", belonging),
+    ("astream", abelonging),
+    ("astream_events", abelonging),
+)
+"""Those that only begin something, which may be read elsewhere, each with how it is made to belong here."""
 _ENTRIES = ("agenerate", "batch", "abatch")
 """Those that hand calls to other tasks and threads; what ``invoke`` does, and all others, ends here or in one of them."""
 
@@ -508,14 +514,14 @@ def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _made_here(method: Callable[..., Any], make: Callable[[Watchdog, Callable[[], Any]], Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def stream(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+    def stream(self: Any, *args: Any, **kwargs: Any) -> Any:
         return make(_watchdog_of(self), lambda: method(self, *args, **kwargs))
 
     return stream
 
 
-def _watchdog_of(model: BaseChatModel) -> Watchdog:
-    guard = _guard_of(model)
+def _watchdog_of(runnable: Any) -> Watchdog:
+    guard = _guard_within(runnable)
     return (guard.watchdog if guard is not None else None) or default.current()
 
 
@@ -675,6 +681,7 @@ def _wrapping_class(base: type[Any]) -> type[Any]:
         "_clevagent_guards_fallbacks": True,
         "__annotations__": {"_clevagent_guards_fallbacks": "ClassVar[bool]"},
     }
+    body |= {name: _made_here(getattr(base, name), make) for name, make in _STREAMS}
     # A binding hands what it does not have itself to the model inside.
     body |= {name: _guarding_fallbacks(getattr(base, name)) for name in _WRAPPERS if hasattr(base, name)}
     return _subclass(base, body)

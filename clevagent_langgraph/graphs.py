@@ -151,7 +151,7 @@ def _subclass(base: type[Any]) -> type[Any]:
 
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     metaclass: Any = type(base)
-    methods = {"stream": _stream_of(base), "astream": _astream_of(base), "copy": copy}
+    methods = {"stream": _stream_of(base), "astream": _astream_of(base), "astream_events": _astream_events_of(base), "copy": copy}
     made: type[Any] = metaclass(base.__name__, (base,), body | methods)
     return made
 
@@ -216,3 +216,11 @@ def _astream_of(base: type[Any]) -> Callable[..., AsyncIterator[Any]]:
         return abelonging(vars(self)[_GUARD].watchdog, lambda: steps(self, input, config, kwargs))
 
     return astream
+
+
+def _astream_events_of(base: type[Any]) -> Callable[..., AsyncIterator[Any]]:
+    @functools.wraps(base.astream_events)
+    def astream_events(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        return abelonging(vars(self)[_GUARD].watchdog, lambda: base.astream_events(self, *args, **kwargs))
+
+    return astream_events
