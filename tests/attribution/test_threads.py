@@ -16,7 +16,6 @@ from multiprocessing.pool import ThreadPool
 
 import pytest
 from langchain_core.runnables import RunnableLambda, RunnableParallel
-from langchain_openai import ChatOpenAI
 
 import clevagent
 from clevagent import Budget, Stopped
@@ -737,16 +736,6 @@ def test_threads_of_trio_count_in_the_run_that_asked_for_them(caller, with_anyio
 
     trio.run(main)
     users.have_made()
-
-
-def test_langchains_models_cannot_be_awaited_on_trio_guarded_or_not(provider):
-    """LangChain gathers with asyncio. The error is trio's own, and nothing was sent."""
-    trio = _trio()
-    plain = ChatOpenAI(model="gpt-4o", api_key="test", base_url=provider.openai_url, max_tokens=20, max_retries=0)
-    for model in (plain, clevagent.guard(plain)):
-        with pytest.raises(TypeError, match="trio"):
-            trio.run(model.ainvoke, "one")
-    assert provider.request_count == 0
 
 
 def test_a_call_on_trio_that_waits_for_held_money_is_refused_in_our_own_words():

@@ -56,17 +56,6 @@ def test_it_is_there_as_long_as_any_watchdog_is(make):
     assert "apply_async" not in vars(ThreadPool)
 
 
-def test_a_watchdog_that_is_let_go_of_without_a_word_is_carried_for_no_longer(make):
-    watchdog = clevagent.Watchdog()
-    gone = weakref.ref(watchdog)
-    with watchdog.run():
-        threading.Thread(target=int).start()
-    del watchdog
-    gc.collect()
-    assert gone() is None
-    make()  # the next one puts all of it back when it ends
-
-
 def test_it_can_be_blocked(make):
     before = standing()
     watchdog = make(block=["clevagent_core.carrying"])
