@@ -90,14 +90,14 @@ class Frame:
             """The exception type that the framework around lets pass: what is raised here is one, too."""
             self.ending: Ending | None = None
             """Where that depends on what was refused."""
-            self.wraps_up = activity is not None and activity.kind == "wrap_up"
+            self.wraps_up = False
             """Whether a wrap-up was begun around it."""
         else:
             self.activities = base.activities if activity is None else (*base.activities, activity)
             self.lent = base.lent
             self.through = base.through
             self.ending = base.ending
-            self.wraps_up = base.wraps_up or (activity is not None and activity.kind == "wrap_up")
+            self.wraps_up = base.wraps_up
         self.covered: Any = None
         """The ticket of the model call that a framework's adapter opened: whatever is further down is a part of it."""
         self.outer = outer
@@ -268,11 +268,10 @@ def leave(frame: Frame) -> None:
         # Only what is over may stand upon it: what has begun in it and goes on stays.
         while top is not None and top is not frame and top.is_over:
             top = top.outer
-        if top is not frame:
-            _cut(frame)
-            return
-    _current.set(frame.outer)
-    _cut(frame)
+    if top is frame:
+        _current.set(frame.outer)
+    if frame.around is not None and frame.around.is_over:
+        _cut(frame)
 
 
 def _cut(frame: Frame) -> None:
@@ -380,6 +379,7 @@ class Within(ContextDecorator):
         else:
             around = frame_of(run.watchdog)
             frame = open_block(run.watchdog, run if around is None else around.run, Activity(self._kind))
+            frame.wraps_up = True
         self._frames.append(frame)
         return run
 

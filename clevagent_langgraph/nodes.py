@@ -316,7 +316,7 @@ class _Execution:
         self._run = run
         self._thread_id = metadata.get("thread_id")
         self._place = nodes_of(metadata) if metadata else ()
-        self._began = _began(run, metadata)
+        self._began = _began(run, metadata) if metadata else run.root.finished_nodes
         if node.budgets or run.root.gates or watchdog.control.stops:
             with self:
                 run.check()
