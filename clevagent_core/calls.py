@@ -175,9 +175,9 @@ class Usage:
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen, as Usage is not: every node makes one
 class Step:
-    """One sign of progress: a finished call, node or task, or a ``ping()``."""
+    """One sign of progress: a finished call, node or task, or a ``ping()``. Not to be changed: observers share it."""
 
     kind: Literal["llm_call", "tool_call", "node", "task", "ping"]
     """What was finished."""

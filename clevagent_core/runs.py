@@ -441,8 +441,6 @@ class Run:
         if self.barred is not None and not self.dry_run:
             self.watchdog.tell_once(self.barred, key=self.barred.kind)
             return Stop(incident=self.barred)
-        if self.watchdog.ending:
-            self.watchdog.end_waiting()
         # hooks(), without the call where the run has no guards of its own.
         hooks = self.watchdog.plugins.bound_hooks if self.guards is None else self.hooks()
         for check, plugin in hooks.before_call:

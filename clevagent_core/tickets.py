@@ -25,7 +25,7 @@ _NO_USAGE = Usage()
 @functools.lru_cache(maxsize=1024)
 def plain_step(kind: Literal["llm_call", "tool_call", "ping"], name: str) -> Step:
     """Give the step that tells nothing but its name."""
-    # Frozen, and the same for every call of one model or tool: making one costs as much as settling in the ledger.
+    # The same for every call of one model or tool: making one costs as much as settling in the ledger.
     return Step(kind=kind, name=name)
 
 

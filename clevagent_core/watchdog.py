@@ -302,7 +302,7 @@ class Watchdog:
             self._active.pop(run, None)
 
     def end_soon(self, run: Run) -> None:
-        """End a run before the next call or run: where nothing may be waited for, in a destructor."""
+        """End a run before the next one begins, or when holds are looked through: where nothing may be waited for, in a destructor."""
         self.ending.append(run)
 
     def end_waiting(self) -> None:
@@ -353,6 +353,7 @@ class Watchdog:
         if now >= self._next_expiry_check:
             self._next_expiry_check = now + self.settings.hold_s / 10
             self.expire(now)
+            self.end_waiting()
         return now + self.settings.hold_s
 
     def expire(self, now: float) -> None:
