@@ -1,4 +1,4 @@
-"""What a hostile reviewer has found: each was wrong once."""
+"""Ways in which the rules were broken once, from closed event loops to destructors: each holds now."""
 
 from __future__ import annotations
 
