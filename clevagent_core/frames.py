@@ -112,22 +112,21 @@ class Frame:
 class Block:
     """Where a frame was opened."""
 
-    __slots__ = ("by", "code", "driver", "is_outside", "opener", "task", "thread")
+    opener = 0
+    """The identity of the generator's Python frame whose body it covers; 0 where that is no generator."""
+    code: CodeType | None = None
+    """The code of that frame."""
+    by = 0
+    """The identity of the generator's Python frame that opened it, also through contextlib: the one that leaves it."""
+    driver: tuple[int, CodeType] | None = None
+    """Who stepped the generator then."""
+    is_outside = False
+    """Whether it only tells that this is outside of every run, as far as the context knows; a framework may know better."""
 
     def __init__(self, thread: object, task: object) -> None:
         """Begin it; ``None`` for both where it was carried."""
         self.thread = thread
         self.task = task
-        self.opener = 0
-        """The identity of the generator's Python frame whose body it covers; 0 where that is no generator."""
-        self.code: CodeType | None = None
-        """The code of that frame."""
-        self.by = 0
-        """The identity of the generator's Python frame that opened it, also through contextlib: the one that leaves it."""
-        self.driver: tuple[int, CodeType] | None = None
-        """Who stepped the generator then."""
-        self.is_outside = False
-        """Whether it only tells that this is outside of every run, as far as the context knows; a framework may know better."""
 
     def is_own(self) -> bool:
         """Tell whether this code runs in the task, or else the thread, that opened it."""
@@ -386,7 +385,10 @@ class Within(ContextDecorator):
     def __exit__(self, *exception: object) -> None:
         """Leave it, in whatever context."""
         frames = self._frames
-        frame = frames[0] if len(frames) == 1 else left_by(frames)
+        if len(frames) == 1:
+            leave(frames.pop())
+            return
+        frame = left_by(frames)
         frames.remove(frame)
         leave(frame)
 
