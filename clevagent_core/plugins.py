@@ -47,12 +47,12 @@ BUILTINS = (
     "clevagent_core.guards.budget",
     "clevagent_heartbeat.stall",
     "clevagent_core.guards.spike",
-    "clevagent_core.carrying",
     "clevagent_heartbeat.pulse",
     "clevagent_core.bounds",
     "clevagent_core.price_list",
     "clevagent_core.ledger.memory",
     "clevagent_core.ledger.files",
+    "clevagent_core.carrying",
 )
 """The built-in plugins by dotted name, in the order in which they are registered. Each module has ``plugin()``, which makes one.
 All are ordinary plugins: they use the public hooks only, and any of them can be blocked. Adapters are found like everybody's

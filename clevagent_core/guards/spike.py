@@ -31,7 +31,7 @@ class SpikeGuard:
 
     def __init__(self) -> None:
         """Nothing was seen yet."""
-        self._watchdog: Watchdog
+        self._watchdog: Watchdog | None = None
         self._told: set[Run] = set()
 
     @hookimpl
@@ -42,31 +42,35 @@ class SpikeGuard:
     @hookimpl
     def clevagent_beat(self, beat: Beat) -> None:
         """Look at the runs that go on, and at the beat."""
-        for run in self._watchdog.roots():
-            self._look(run)
+        watchdog = self._watchdog
+        if watchdog is None:
+            return  # plugins are configured one by one: beats may begin before this one is
+        for run in watchdog.roots():
+            self._look(run, watchdog)
         tokens = beat.amounts.tokens
         if not tokens:
             return
-        baselines = self._watchdog.baselines
+        baselines = watchdog.baselines
         usual = baselines.of("beat_tokens")
         if usual is not None and tokens > usual.limit(MULTIPLE, BEAT_FLOOR):
             limit = usual.limit(MULTIPLE, BEAT_FLOOR)
             what = f"{tokens:,} tokens were used within {beat.interval_s:g} s, and {usual.median:,.0f} are usual (median of {usual.samples} such times)"
-            self._tell("beat_tokens", what, tokens, usual, limit, self._watchdog.process_run, "Budget(tokens=..., per='hour')")
+            self._tell("beat_tokens", what, tokens, usual, limit, watchdog.process_run, "Budget(tokens=..., per='hour')")
         baselines.remember("beat_tokens", tokens)
 
     @hookimpl
     def clevagent_run_ended(self, run: Run, summary: RunSummary) -> None:
         """Compare the run, and add it to the past, however it ended: of a hundred runs, those that were stopped do not move the median."""
-        if run.parent is None and run is not self._watchdog.process_run and summary.total.calls:
-            self._look(run)
-            self._watchdog.baselines.remember("run_cost", run.cost_pico)
+        watchdog = run.watchdog
+        if run.parent is None and run is not watchdog.process_run and summary.total.calls:
+            self._look(run, watchdog)
+            watchdog.baselines.remember("run_cost", run.cost_pico)
         self._told.discard(run)
 
-    def _look(self, run: Run) -> None:
-        if run is self._watchdog.process_run or run in self._told or run.cost_pico <= RUN_FLOOR:
+    def _look(self, run: Run, watchdog: Watchdog) -> None:
+        if run is watchdog.process_run or run in self._told or run.cost_pico <= RUN_FLOOR:
             return
-        usual = self._watchdog.baselines.of("run_cost")
+        usual = watchdog.baselines.of("run_cost")
         if usual is None or run.cost_pico <= usual.limit(MULTIPLE, RUN_FLOOR):
             return
         self._told.add(run)
@@ -75,7 +79,7 @@ class SpikeGuard:
         self._tell("run_cost", what, run.cost_pico, usual, limit, run, f"Budget(baseline_multiple={MULTIPLE})")
 
     def _tell(self, series: str, what: str, value: int, usual: Baseline, limit: int, run: Run, advice: str) -> None:
-        watchdog = self._watchdog
+        watchdog = run.watchdog
         watchdog.tell(
             Incident(
                 kind="spike",
