@@ -580,6 +580,8 @@ def _search(watchdog: Any, top: Frame | None, stack: dict[int, CodeType]) -> tup
         block = frame.block
         if block is not None and block.is_outside:
             is_outside = True
+        elif not frame.is_over and frame.activity is not None and frame.activity.kind == "wrap_up":
+            return frame, None, is_outside  # also of a run that is over: what it keeps back is for the answer after the stop
         elif frame.is_over or frame.run.ended_at is not None:
             if block is not None and not block.is_own():
                 found = _still_around(frame.run)

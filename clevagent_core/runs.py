@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -80,7 +81,7 @@ class Run:
             self.guards = (self.guards or BoundHooks()) + guards.bound_hooks
         self.parent = parent
         self.root: Run = parent.root if parent is not None else self
-        self.run_id = run_id or os.urandom(16).hex()  # as unlikely to be met again as a uuid4, at a quarter of the cost
+        self.run_id = run_id or uuid.uuid4().hex
         self.budgets = tuple(budgets)
         self.tags: dict[str, str] = {**(parent.tags if parent is not None else {}), **(tags or {})}
         self.dry_run: bool = dry_run or watchdog.settings.dry_run or (parent is not None and parent.dry_run)
