@@ -35,6 +35,8 @@ def within(user, name, ceiling=LIMIT):
         return [user.attempt(name) for _ in NUMBERS], run
 
 
+@pytest.mark.filterwarnings("ignore:coroutine method 'aclose':RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_generator_whose_loop_was_closed_covers_nothing_and_its_run_ends(user):
     """CPython frees it without closing its block, and gives its identity to others."""
     begun = []
