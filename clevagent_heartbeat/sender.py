@@ -11,6 +11,7 @@ from __future__ import annotations
 import encodings.idna  # noqa: F401 - the names of hosts are looked up by it
 import json
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,9 @@ _OF_THE_BEAT = frozenset({400, 413, 422})
 """Statuses that say that this very request is wrong; anything else may be right later."""
 
 Beat = Mapping[str, Any]
+
+_no_fork = threading.Lock()
+"""Held while OpenSSL is set up, some 20 to 100 ms once in a process: a child forked meanwhile would wait for its locks for ever."""
 
 
 class _Refused(DeliveryError):
@@ -377,7 +381,8 @@ class Sender:
     def _post(self, path: str, body: Mapping[str, Any]) -> object:
         if self._client is None:
             headers = {**self._headers, "User-Agent": f"clevagent/{__version__}", "Content-Type": "application/json"}
-            self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=False)
+            with _no_fork:
+                self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=False)
         try:
             with self._client.stream("POST", self._base + path, content=json.dumps(body).encode()) as response:
                 said = self._read(response)
@@ -428,3 +433,6 @@ def _retry_after(value: str | None, wall: float) -> float | None:
         except ValueError:
             return None
     return min(max(0.0, seconds), REFUSED_PAUSE_S) if seconds == seconds else None  # noqa: PLR0124 - not NaN
+
+
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)

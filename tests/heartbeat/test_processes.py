@@ -358,6 +358,38 @@ def test_a_forked_child_beats_under_an_id_of_its_own_from_its_first_step(start, 
     assert [beat["seq"] for beat in child] == list(range(1, len(child) + 1))
 
 
+def test_a_fork_waits_until_openssl_is_set_up_for_the_first_beat(start):
+    """A child that is forked in the middle of it would wait for OpenSSL's locks for ever."""
+    code = textwrap.dedent(
+        """
+        import os, ssl, threading, warnings
+        import clevagent
+        warnings.simplefilter("ignore")
+        begun, forks, done = threading.Event(), threading.Event(), threading.Event()
+        make = ssl.create_default_context
+
+        def make_while_somebody_forks(*args, **kwargs):
+            begun.set()
+            forks.wait()
+            context = make(*args, **kwargs)
+            done.set()
+            return context
+
+        ssl.create_default_context = make_while_somebody_forks
+        clevagent.init()
+        begun.wait()
+        os.register_at_fork(before=forks.set)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if done.is_set() else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    child = start(code)
+    child.hear("0")
+    assert child.end() == (0, "")
+
+
 def test_a_forked_child_that_does_nothing_of_ours_says_nothing(start, receiver):
     code = (
         READY
