@@ -207,8 +207,9 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
 
 
 def _frame_here(watchdog: Any, run: Any, activity: Activity | None, raw: Frame | None) -> Frame:
-    while raw is not None and raw.is_over and raw.block is not None and raw.block.opener and raw.block.is_own():
-        raw = raw.outer  # of a generator that the garbage collector has closed
+    # Left behind by a generator that the garbage collector has closed, or where an exception of a signal handler landed in leave().
+    while raw is not None and raw.is_over and (raw.block is None or raw.block.is_own()):
+        raw = raw.outer
     base = frame_of(watchdog)
     frame = Frame(watchdog, run, base, activity, raw)
     if _openers:
