@@ -162,6 +162,8 @@ _current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
 _openers: dict[int, list[Frame]] = {}
 """The blocks that are open in generators, by the generator's frame. By its identity, as a reference would keep the generator alive,
 and its code: a generator whose event loop was closed goes away without closing its block, and its identity may be another's then."""
+_has_carried = False
+"""Whether anything was ever noted on a thread, or handed to a pool: until then no thread has to be asked what it was started in."""
 _lost: dict[Frame, None] = {}
 """The blocks that were opened, through contextlib, in a context that was thrown away then."""
 
@@ -516,7 +518,7 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            return None if _here.below is None else look(watchdog).frame
+            return look(watchdog).frame if _has_carried and _here.below is not None else None
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -674,8 +676,10 @@ class _Mark(NamedTuple):
 
 def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
+    global _has_carried  # noqa: PLW0603 - it never ends
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
+        _has_carried = True
         object.__setattr__(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))  # whatever its class makes of new attributes
 
 
@@ -724,6 +728,8 @@ def carry(watchdogs: Iterable[Any]) -> Frame:
 
 def work_in(frame: Below) -> Below:
     """Let a piece of work that a pool does in this thread stand in a frame, below its own context; give what to put back."""
+    global _has_carried  # noqa: PLW0603 - as above
+    _has_carried = True
     before, _here.below = _here.below, frame
     return before
 

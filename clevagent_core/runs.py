@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -81,7 +80,7 @@ class Run:
             self.guards = (self.guards or BoundHooks()) + guards.bound_hooks
         self.parent = parent
         self.root: Run = parent.root if parent is not None else self
-        self.run_id = run_id or uuid.uuid4().hex
+        self.run_id = run_id or os.urandom(16).hex()  # a UUID takes a tenth of what beginning and ending a run costs
         self.budgets = tuple(budgets)
         self.tags: dict[str, str] = {**(parent.tags if parent is not None else {}), **(tags or {})}
         self.dry_run: bool = dry_run or watchdog.settings.dry_run or (parent is not None and parent.dry_run)
