@@ -22,7 +22,7 @@ from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
 from clevagent_crewai.aborted import aborted_by, through_crews
 from clevagent_crewai.caches import cache
-from clevagent_crewai.dialects import Dialect, limited
+from clevagent_crewai.dialects import FALLBACKS, Dialect, limited
 from clevagent_crewai.gates import Gate, refuse
 from clevagent_crewai.usage import usage_of
 from clevagent_providers.failures import may_be_billed
@@ -120,17 +120,12 @@ class Call:
 
     def _opened(self) -> None:
         limits = [ticket.max_output_tokens for ticket in self.tickets if ticket.max_output_tokens is not None]
-        self.fields = dict(
-            (self.dialect.quiet and {"additional_params": {**self.model.additional_params, **self.dialect.quiet}}) or {}
-        )
-        if limits and self.dialect.is_known:
-            fields = limited(self.model, self.dialect, min(limits))
-            if self.dialect.quiet:
-                fields["additional_params"] = {
-                    **cast("Any", fields.get("additional_params", self.model.additional_params)),
-                    **self.dialect.quiet,
-                }
-            self.fields |= fields
+        self.fields = limited(self.model, self.dialect, min(limits)) if limits and self.dialect.is_known else {}
+        if self.dialect.quiet:
+            # One request, and to no other model: what is tried next is tried by us.
+            params: Any = self.fields.get("additional_params", self.model.additional_params)
+            kept = {name: value for name, value in params.items() if name not in FALLBACKS}
+            self.fields["additional_params"] = {**kept, **self.dialect.quiet}
 
     # -- while it goes on
 

@@ -26,6 +26,8 @@ _FLOOR = 256
 _WHOLE_FLOOR = 1024
 """The same where a cut answer cannot be read at all, and no limit was given."""
 _AFTER_THINKING = 256
+FALLBACKS = ("fallbacks", "context_window_fallback_dict")
+"""Parameters of litellm that name other models to ask in the same call."""
 _READ_FIELDS = (
     "extra_body", "include", "instructions", "mcp_servers", "modalities", "n", "previous_response_id", "response_format", "service_tier",
     "store", "thinking", "web_search_options",
@@ -46,7 +48,7 @@ class Dialect:
     default: Callable[[str], int] | None = None
     """The limit that CrewAI puts in where the user gave none."""
     quiet: Mapping[str, object] | None = None
-    """Parameters by which the SDK below is told not to retry."""
+    """Parameters by which litellm is told not to retry."""
 
     @property
     def is_known(self) -> bool:

@@ -29,6 +29,7 @@ from clevagent_crewai.aborted import aborted_by
 from clevagent_crewai.caches import cache
 from clevagent_crewai.calls import Call, again, call_of, plain_class, root_of, subclass, view_of
 from clevagent_crewai.dialects import Dialect, describe, dialect_of
+from clevagent_crewai.fallbacks import check_litellm, fallbacks_of
 from clevagent_crewai.gates import (
     GUARD,
     Gate,
@@ -79,6 +80,8 @@ def _describe(model: BaseLLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not gates:
         return None
     dialect = dialect_of(model)
+    if dialect.quiet is not None:
+        check_litellm()
     call = describe(
         model,
         dialect,
@@ -142,7 +145,15 @@ def _guarding_call(original: Callable[..., Any]) -> Callable[..., Any]:
                 return repeat(retries, failed, attempt)
             except Exception as error:  # whose code: as above
                 failed = error
-        raise _told(last, failed)
+        told = _told(last, failed)
+        for other in fallbacks_of(self, told):
+            try:
+                return other.call(*args, **kwargs)
+            except Stopped:
+                raise
+            except Exception as error:  # whose code: as above
+                told = error
+        raise told
 
     vars(call)["_clevagent_original"] = original
     return call
@@ -196,7 +207,15 @@ def _guarding_acall(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
                 return await arepeat(retries, failed, attempt)
             except Exception as error:  # whose code: as above
                 failed = error
-        raise _told(last, failed)
+        told = _told(last, failed)
+        for other in fallbacks_of(self, told):
+            try:
+                return await other.acall(*args, **kwargs)
+            except Stopped:
+                raise
+            except Exception as error:  # whose code: as above
+                told = error
+        raise told
 
     vars(acall)["_clevagent_original"] = original
     return acall

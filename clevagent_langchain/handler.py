@@ -26,9 +26,10 @@ from clevagent_core.interrupts import is_interrupt
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
+from clevagent_langchain.gaps import fill, note_begun
 from clevagent_langchain.graphs import enter_node, is_pause, nodes_of, open_in_graph, put_in_place
 from clevagent_langchain.messages import items_of
-from clevagent_langchain.models import GUARDED, root_run
+from clevagent_langchain.models import asks_itself, root_run
 from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
 from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached
@@ -61,6 +62,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
 
     """
 
+    is_clevagents = True
     raise_error = True
     run_inline = True
     ignore_retriever = True
@@ -68,8 +70,9 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
     ignore_custom_event = True
 
     def __init__(self, *, watchdog: Watchdog | None = None) -> None:
-        """Attach to ``watchdog``, or to the process's own, whichever that is when a call is made. Costs nothing: no state."""
+        """Attach to ``watchdog``, or to the process's own, whichever that is when a call is made. Keeps no state."""
         super().__init__()
+        fill()
         self._own = watchdog
         self._tracked: tuple[Watchdog | None, Tracker | None] = None, None
 
@@ -91,7 +94,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Ask before a chat model is called."""
-        if metadata is not None and GUARDED in metadata:
+        if asks_itself(serialized):
             watchdog = self.watchdog
             branch = tracker_of(watchdog).branch(parent_run_id)
             # The model asks itself; it learns from here which root invocation it is a part of.
@@ -303,6 +306,8 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
                 cover(ticket)
         finally:
             tracker.add_ticket(run_id, ticket, branch)
+        if isinstance(call, LLMCall):
+            note_begun(lambda: tracker.take_ticket(run_id))
         return run
 
     def _end_tool(self, run_id: UUID, error: BaseException | None, result: object = None, *, is_pause: bool = False) -> None:

@@ -13,16 +13,19 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.load import dumpd
+from langchain_core.load.load import Reviver
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import BaseOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import (
+    Runnable,
     RunnableAssign,
     RunnableLambda,
     RunnableParallel,
@@ -32,6 +35,7 @@ from langchain_core.runnables import (
 )
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 
 from clevagent_core import default
@@ -59,7 +63,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clevagent")
 
 GUARDED = "clevagent_guarded"
-"""The key of a call's metadata by which a callback handler knows that the model itself has asked."""
+"""The key by which a model's JSON tells that it is guarded, and with which budgets."""
+
+
+class _Serialized(dict[str, Any]):
+    """What callbacks get to see of a guarded model: equal to that of the plain one."""
+
+
+def asks_itself(serialized: object) -> bool:
+    """Tell by what a callback handler is given of a model whether that asks before each call itself."""
+    return isinstance(serialized, _Serialized) or (isinstance(serialized, dict) and GUARDED in serialized)
+
 
 root_run: ContextVar[Run | None] = ContextVar("clevagent_langchain_root_run", default=None)
 """The run that a callback handler found for the call that is being made, for models that are guarded too."""
@@ -68,6 +82,8 @@ _inside: ContextVar[_Inside | None] = ContextVar("clevagent_langchain_inside", d
 """The call that this context is inside of."""
 
 _GUARD = "_clevagent_guard"
+_MUTE = "stream_usage"
+"""What a provider has learnt nothing of: to tell the usage of a stream."""
 
 
 class _Inside:
@@ -116,6 +132,10 @@ class _Guard:
     dialect: Dialect
     retries: int
     """How many times a failed attempt is repeated."""
+    lost: tuple[str, ...] = ()
+    """The budgets that it was guarded with when it was written as JSON, where they cannot stand."""
+    learnt: set[str] = field(default_factory=set)
+    """What its provider has refused before."""
 
     def __deepcopy__(self, memo: object) -> _Guard:
         """A copy of the model has the same budgets, and the same watchdog."""
@@ -192,9 +212,10 @@ def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Bud
         # Guarded once more with budgets of its own: both sets hold.
         budgets = (*before.budgets, *(budget for budget in budgets if budget not in before.budgets))
         copy = model.model_copy()
-        _set_guard(copy, replace(before, budgets=budgets, watchdog=watchdog or before.watchdog))
+        _set_guard(copy, replace(before, budgets=budgets, watchdog=watchdog or before.watchdog, lost=()))
         return copy
     dialect = dialect_of(model)
+    guard_what_is_loaded()
     copy = model.model_copy()
     # Worked out from the plain model, and made again from the copy when they are needed.
     for name in ("_serialized", "_client_params"):
@@ -229,7 +250,10 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "__reduce_ex__": _reduce,
         "_generate": _generate,
         "_get_ls_params": _get_ls_params,
+        "to_json": _to_json,
+        "_serialized": functools.cached_property(_serialized),
         "with_fallbacks": _with_fallbacks,
+        "configurable_alternatives": _configurable_alternatives,
         # Native producers of v2 events would go past _stream; without them LangChain makes the events from it.
         "_stream_chat_model_events": None,
         "_astream_chat_model_events": None,
@@ -269,6 +293,12 @@ def _state(model: BaseChatModel) -> _Guard:
         raise UsageError(
             f"This {type(model).__qualname__} was rebuilt from a guarded one (configurable_fields() does that), and nobody asked for "
             "the new one to be guarded, so its call was refused. Give what differs with the call (.bind(model=...)), or guard the result."
+        )
+    if guard.lost:
+        names = ", ".join(map(repr, guard.lost))
+        raise UsageError(
+            f"This {type(model).__qualname__} was loaded from JSON, where the budgets that it was guarded with ({names}) cannot stand, so "
+            "its call was refused. Give them again: clevagent.guard(model, budgets=[...])."
         )
     if model.__dict__.get("max_retries"):
         # Set after it was guarded: the SDK would retry again, unseen.
@@ -375,9 +405,7 @@ def _stream(
         return
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
-    kwargs = guard.dialect.with_stream_usage(self, kwargs)
-    if run_manager is not None:
-        kwargs["run_manager"] = run_manager
+    told = _Told(self, guard, kwargs, run_manager)
     inside = _Inside(self, run_manager)
 
     def attempt() -> tuple[Ticket, Iterator[ChatGenerationChunk], ChatGenerationChunk | None]:
@@ -385,10 +413,12 @@ def _stream(
         ticket = inside.ticket = open_in_graph(run, call, guard.budgets)
         try:
             with inside:
-                chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+                chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, told.kwargs, ticket, call)))
                 return ticket, chunks, next(chunks, None)
         except BaseException as error:
             _fail(ticket, error)
+            if told.goes_without(error):
+                return attempt()
             raise
 
     try:
@@ -397,14 +427,14 @@ def _stream(
         if not guard.retries:
             raise
         ticket, chunks, chunk = repeat(guard.retries, error, attempt)
-    told = _Told()
     try:
         while True:
             if chunk is None:
                 break
-            told.note(chunk)
+            shows = told.note(chunk)
             ticket.touch()
-            yield chunk
+            if shows:
+                yield chunk
             with inside:
                 chunk = next(chunks, None)
     except BaseException as error:
@@ -426,9 +456,7 @@ async def _astream(
         return
     guard = _state(self)
     run, call = _describe(self, guard, messages, kwargs, run_manager)
-    kwargs = guard.dialect.with_stream_usage(self, kwargs)
-    if run_manager is not None:
-        kwargs["run_manager"] = run_manager
+    told = _Told(self, guard, kwargs, run_manager)
     inside = _Inside(self, run_manager)
 
     async def attempt() -> tuple[Ticket, AsyncIterator[ChatGenerationChunk], ChatGenerationChunk | None]:
@@ -436,10 +464,12 @@ async def _astream(
         ticket = inside.ticket = await aopen_in_graph(run, call, guard.budgets)
         try:
             with inside:
-                chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, kwargs, ticket, call)))
+                chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, told.kwargs, ticket, call)))
                 return ticket, chunks, await anext(chunks, None)
         except BaseException as error:
             _fail(ticket, error)
+            if told.goes_without(error):
+                return await attempt()
             raise
 
     try:
@@ -448,14 +478,14 @@ async def _astream(
         if not guard.retries:
             raise
         ticket, chunks, first = await arepeat(guard.retries, error, attempt)
-    told = _Told()
     try:
         while True:
             if first is None:
                 break
-            told.note(first)
+            shows = told.note(first)
             ticket.touch()
-            yield first
+            if shows:
+                yield first
             with inside:
                 first = await anext(chunks, None)
     except BaseException as error:
@@ -469,9 +499,7 @@ async def _astream(
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
     _note_asked(self)  # LangChain calls this before it looks into its cache
-    params: dict[str, Any] = dict(_base(self)._get_ls_params(self, stop=stop, **kwargs))  # noqa: SLF001 - overridden here
-    params[GUARDED] = True
-    return params
+    return _base(self)._get_ls_params(self, stop=stop, **kwargs)  # noqa: SLF001 - overridden here
 
 
 def _note_asked(model: BaseChatModel) -> None:
@@ -530,10 +558,30 @@ def _with_fallbacks(self: BaseChatModel, fallbacks: Sequence[Any], **kwargs: Any
     return _guard_fallbacks_of(_base(self).with_fallbacks(self, _guard_all(_state(self), fallbacks), **kwargs))
 
 
-def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001 - as object's
+def _configurable_alternatives(self: BaseChatModel, which: Any, **kwargs: Any) -> Any:
+    # What is no option is an alternative, or what makes one.
+    options = {name: kwargs.pop(name) for name in ("default_key", "prefix_keys") if name in kwargs}
     guard = _state(self)
-    plain = self.model_copy()
-    object.__setattr__(plain, "__class__", _base(self))
+    alternatives: dict[str, Any] = {
+        name: _guard_all(guard, [other])[0] if isinstance(other, Runnable) else _guarding_made(guard, other)
+        for name, other in kwargs.items()
+    }
+    return _guard_fallbacks_of(_base(self).configurable_alternatives(self, which, **options, **alternatives))
+
+
+def _guarding_made(guard: _Guard, make: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: _guard_all(guard, [make()])[0]
+
+
+def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], tuple[object, ...]]:  # noqa: ARG001 - as object's
+    guard = _guard_of(self) or _state(self)
+    return _guard_again, (_plain(self, guard), guard.budgets, guard.lost)
+
+
+def _plain(model: BaseChatModel, guard: _Guard) -> BaseChatModel:
+    """Make the model again that was guarded."""
+    plain = model.model_copy()
+    object.__setattr__(plain, "__class__", _base(model))
     private = plain.__pydantic_private__ or {}
     object.__setattr__(plain, "__pydantic_private__", {key: value for key, value in private.items() if key != _GUARD} or None)
     # Made without retries, and (where they can be pickled at all) made again when they are needed.
@@ -541,12 +589,41 @@ def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], 
         plain.__dict__.pop(name, None)
     if "max_retries" in plain.__dict__:
         plain.__dict__["max_retries"] = guard.max_retries
-    return _guard_again, (plain, guard.budgets)
+    return plain
 
 
-def _guard_again(plain: BaseChatModel, budgets: tuple[Budget, ...]) -> BaseChatModel:
-    """Unpickle a guarded model: it belongs to the watchdog of the process it comes to."""
-    return _guarded(plain, None, budgets)
+def _guard_again(plain: BaseChatModel, budgets: tuple[Budget, ...], lost: tuple[str, ...]) -> BaseChatModel:
+    """Load a guarded model: it belongs to the watchdog of the process it comes to."""
+    guarded = _guarded(plain, None, budgets)
+    if lost:
+        _set_guard(guarded, replace(_state(guarded), lost=lost))
+    return guarded
+
+
+def _to_json(self: BaseChatModel) -> Any:
+    guard = _guard_of(self) or _state(self)
+    written = _plain(self, guard).to_json()
+    return {**written, GUARDED: [*(budget.label for budget in guard.budgets), *guard.lost]}
+
+
+def _serialized(self: BaseChatModel) -> dict[str, Any]:
+    # What callbacks and caches get to see: that of the plain model.
+    return _Serialized(dumpd(_plain(self, _guard_of(self) or _state(self))))
+
+
+@functools.cache
+def guard_what_is_loaded() -> None:
+    """Let what was written as JSON from a guarded model (``dumps``) be guarded when it is loaded, from the first guard on."""
+    revive = Reviver.__call__
+
+    @functools.wraps(revive)
+    def revive_guarded(self: Reviver, value: dict[str, Any]) -> Any:
+        made = revive(self, value)
+        if isinstance(made, BaseChatModel) and isinstance(value.get(GUARDED), list):
+            return _guard_again(made, (), tuple(map(str, value[GUARDED])))
+        return made
+
+    Reviver.__call__ = revive_guarded  # type: ignore[method-assign]
 
 
 # -- what they share ------------------------------------------------------------------------------------------------------
@@ -605,18 +682,35 @@ async def _aclose(chunks: object) -> None:
 
 
 class _Told:
-    """What the chunks of a stream have told of its usage so far."""
+    """What a stream is asked to tell of its usage, and what its chunks have told so far."""
 
-    __slots__ = ("_has_ended", "_parts", "_said", "is_final")
+    __slots__ = ("_guard", "_has_ended", "_hides_usage", "_parts", "_said", "is_final", "kwargs")
 
-    def __init__(self) -> None:
+    def __init__(self, model: BaseChatModel, guard: _Guard, kwargs: dict[str, Any], run_manager: Any) -> None:
+        self.kwargs = dict(kwargs) if _MUTE in guard.learnt else guard.dialect.with_stream_usage(model, kwargs)
+        """The keywords of the call, with which it is asked."""
+        self._guard = guard
+        self._hides_usage = self.kwargs.keys() != kwargs.keys()
+        """Whether the user has not asked for it."""
+        if run_manager is not None:
+            self.kwargs["run_manager"] = run_manager
         self._parts: list[Mapping[str, Any]] = []
         self._said = Said()
         self._has_ended = False
         self.is_final = False
         """Whether the answer was over when its usage was told: some providers tell what there is so far with every chunk."""
 
-    def note(self, chunk: ChatGenerationChunk) -> None:
+    def goes_without(self, error: BaseException) -> bool:
+        """Ask for no usage, if that is what the provider has refused, unbilled; tell whether it was."""
+        if not self._hides_usage or getattr(error, "status_code", None) not in {400, 422} or "stream_options" not in str(error):
+            return False
+        self._hides_usage = False
+        del self.kwargs["stream_usage"]
+        self._guard.learnt.add(_MUTE)
+        return True
+
+    def note(self, chunk: ChatGenerationChunk) -> bool:
+        """Take note of a chunk; tell whether whoever reads the stream gets to see it."""
         message = chunk.message
         self._said.note(message)
         for info in (chunk.generation_info, message.response_metadata):
@@ -626,6 +720,10 @@ class _Told:
         if metadata is not None:
             self._parts.append(metadata)
             self.is_final = self._has_ended and bool(metadata.get("output_tokens"))
+            if self._hides_usage:
+                message.usage_metadata = None  # type: ignore[attr-defined]  # an AIMessageChunk, which has it
+                return bool(message.content or message.additional_kwargs or chunk.generation_info or message.tool_call_chunks)  # type: ignore[attr-defined]  # as above
+        return True
 
     def answer(self) -> object:
         return self._said.answer()
@@ -651,7 +749,7 @@ def _guarding_fallbacks(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guard_fallbacks_of(wrapped: Any) -> Any:
-    if isinstance(wrapped, (RunnableBindingBase, RunnableWithFallbacks, RunnableSequence)):
+    if isinstance(wrapped, (RunnableBindingBase, RunnableWithFallbacks, RunnableSequence, RunnableConfigurableAlternatives)):
         object.__setattr__(wrapped, "__class__", _wrapping_class(type(wrapped)))
     return wrapped
 
@@ -695,6 +793,8 @@ def _guard_within(runnable: Any) -> _Guard | None:
         return next((guard for step in steps if (guard := _guard_within(step)) is not None), None)
     if isinstance(runnable, RunnableBindingBase):
         return _guard_within(runnable.bound)
+    if isinstance(runnable, RunnableConfigurableAlternatives):
+        return _guard_within(runnable.default)
     return _guard_within(runnable.runnable) if isinstance(runnable, RunnableWithFallbacks) else None
 
 
@@ -724,6 +824,8 @@ def _is_guarded_throughout(runnable: Any, budgets: tuple[Budget, ...]) -> bool:
         parts = list(runnable.runnables)
     elif isinstance(runnable, RunnableBindingBase):
         parts = [runnable.bound]
+    elif isinstance(runnable, RunnableConfigurableAlternatives):
+        parts = [runnable.default, *runnable.alternatives.values()]
     else:
         return isinstance(runnable, (BasePromptTemplate, BaseOutputParser, RunnablePassthrough, RunnablePick))
     return all(_is_guarded_throughout(part, budgets) for part in parts)

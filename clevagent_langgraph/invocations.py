@@ -356,7 +356,8 @@ def go_on(invocation: Invocation, run_id: str) -> None:
 
 
 def _marked(config: Any, run_id: str) -> Any:
-    return {**(config or {}), "metadata": {**((config or {}).get("metadata") or {}), RUN: run_id}}
+    # Among what is configurable: from there LangGraph writes it with each checkpoint, and shows it to nobody in streams and callbacks.
+    return {**(config or {}), "configurable": {**((config or {}).get("configurable") or {}), RUN: run_id}}
 
 
 def _id_inside(guard: GraphGuard, outer: Invocation) -> str:

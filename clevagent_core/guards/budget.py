@@ -355,7 +355,9 @@ def _window_of(call: LLMCall, rates: Rates | None, found: Cover) -> int:
 
     """
     window = call.context_window or (rates.context_window if rates is not None else None)
-    if window is None and found.units & {USD, TOKENS, INPUT_TOKENS}:
+    # Where no price is known, and that is allowed, it costs nothing.
+    depends = {USD, TOKENS, INPUT_TOKENS} if rates is not None else {TOKENS, INPUT_TOKENS}
+    if window is None and found.units & depends:
         raise UsageError(
             f"The call to {call.model!r} sends something whose tokens cannot be bounded from its text (an image, a file, a "
             "stored prompt), and the model's context window is not known, so it could not be priced against its budget "

@@ -303,3 +303,63 @@ def test_outside_of_what_is_guarded_nothing_is_asked(provider, llm):
             plain.call("Hello")
     assert provider.request_count == 3
     assert run.summary().total.calls == 0
+
+
+# -- what litellm would ask besides ---------------------------------------------------------------------------------------
+
+
+def fails(model, how):
+    return lambda body: how if body["model"] == model else Reply()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "how", [Reply(status=500), Reply(status=404), Reply(drop="before"), Reply(drop="after")], ids=["500", "404", "lost", "cut"]
+)
+@pytest.mark.parametrize("fallback", ["openai/gpt-4o", {"model": "openai/gpt-4o", "max_tokens": 20}], ids=["name", "mapping"])
+def test_a_fallback_of_litellm_is_a_call_of_its_own_with_its_own_price(provider, llm, aio, is_async, how, fallback):
+    provider.reset(fails("gpt-4o-mini", how))
+    clevagent.init()
+    model = clevagent.guard(
+        llm("litellm", model="openai/gpt-4o-mini", max_tokens=50, num_retries=0, max_retries=0, fallbacks=[fallback])
+    )
+    with clevagent.run(budgets=[Budget(usd=1)]) as run:
+        assert aio(model.acall("hi")) if is_async else model.call("hi")
+    sent = [request.body for request in provider.requests]
+    assert [body["model"] for body in sent] == ["gpt-4o-mini", "gpt-4o"]
+    assert sent[1]["max_tokens"] == (50 if isinstance(fallback, str) else 20)
+    assert run.summary().by_model["gpt-4o"].calls == 1
+    assert run.summary().total.cost_usd >= float(provider.billed_usd) > 0
+
+
+def test_a_refusal_is_no_reason_to_ask_a_fallback(provider, llm):
+    clevagent.init()
+    model = clevagent.guard(
+        llm("litellm", max_tokens=50, fallbacks=["openai/gpt-4o-mini"]), budgets=[Budget(llm_calls=1, per="lifetime")]
+    )
+    model.call("hi")
+    with pytest.raises(BudgetExceeded):
+        model.call("hi")
+    assert provider.request_count == 1
+
+
+def test_a_fallback_that_does_not_fit_is_refused(provider, llm):
+    provider.reset(fails("gpt-4o-mini", Reply(status=404)))
+    clevagent.init()
+    model = clevagent.guard(
+        llm("litellm", model="openai/gpt-4o-mini", max_tokens=300, max_retries=0, fallbacks=["openai/gpt-4o"]),
+        budgets=[Budget(usd=0.002, per="lifetime")],
+    )
+    with pytest.raises(BudgetExceeded, match="gpt-4o'"):
+        model.call("hi")
+    assert [request.body["model"] for request in provider.requests] == ["gpt-4o-mini"]
+
+
+def test_what_litellm_would_ask_in_every_call_is_refused_with_the_way_that_works(provider, llm, monkeypatch):
+    import litellm
+
+    monkeypatch.setattr(litellm, "model_fallbacks", ["gpt-4o"])
+    clevagent.init()
+    with pytest.raises(UsageError, match=r"litellm.model_fallbacks.*LLM\(fallbacks="):
+        clevagent.guard(llm("litellm", max_tokens=50)).call("hi")
+    assert provider.request_count == 0

@@ -25,12 +25,6 @@ Aio = Callable[[Awaitable[Any]], Any]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # LangChain makes the coroutines for handlers that do not run inline first, and drops them when an inline one raises.
-    config.addinivalue_line("filterwarnings", "ignore:coroutine 'ahandle_event' was never awaited:RuntimeWarning")
-    # The same, where the collector frees them in a frame that cannot even import warnings.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:Exception ignored in. <coroutine object ahandle_event:pytest.PytestUnraisableExceptionWarning"
-    )
     # A stream whose task was cancelled is closed by the collector, when its event loop may be gone.
     config.addinivalue_line(
         "filterwarnings",
@@ -70,6 +64,17 @@ def anthropic(provider: LoopbackProvider) -> Callable[..., ChatAnthropic]:
         )
 
     return make
+
+
+@pytest.fixture(params=["openai", "responses", "anthropic"])
+def make(
+    request: pytest.FixtureRequest, chat: Callable[..., ChatOpenAI], anthropic: Callable[..., ChatAnthropic]
+) -> Callable[..., Any]:
+    """Make models of three APIs."""
+    if request.param == "anthropic":
+        return lambda **kw: anthropic(**({"max_tokens": 300} | kw))
+    own = {"use_responses_api": True} if request.param == "responses" else {}
+    return lambda **kw: chat(**({"max_tokens": 300} | own | kw))
 
 
 @pytest.fixture

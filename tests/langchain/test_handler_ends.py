@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import FakeListLLM, GenericFakeChatModel
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
@@ -299,11 +300,6 @@ def clocked(watchdog):
     return clock, watchdog(clock=clock, hold_s=60, budgets=[MONEY])
 
 
-def dangling(one, balance):
-    state = balance(one)
-    return state.spent, state.held > 0
-
-
 def give_up(clock, one):
     clock.advance(61)
     one.expire(clock.monotonic())
@@ -332,51 +328,86 @@ async def batched(provider, model, config):
 GIVEN_UP = [cancelled, waited_for, timed_out, batched]
 
 
+def nothing_is_open(one, balance):
+    return balance(one).held == 0 and tracker_of(one).size() == 0 and not one.process_run.open_work
+
+
 @pytest.mark.parametrize("way", GIVEN_UP)
-def test_a_bare_call_that_was_cancelled_is_charged_when_its_time_is_over(aio, provider, chat, clocked, balance, way):
-    clock, one = clocked
+def test_a_bare_call_that_was_cancelled_is_charged_at_once(aio, provider, chat, one, config, balance, way):
     provider.reset([Reply(hang=True)])
-    aio(way(provider, chat(max_tokens=9), {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}))
-    assert dangling(one, balance) == (0, True)
-    give_up(clock, one)
-    assert balance(one).held == 0
-    assert balance(one).spent >= provider.billed_pico > 0
-    tracker_of(one).forget_closed()
-    assert tracker_of(one).size() == 0
-
-
-@pytest.mark.parametrize("way", GIVEN_UP)
-def test_or_by_the_next_call_after_that(aio, provider, chat, clocked, balance, way):
-    clock, one = clocked
-    config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}
-    provider.reset([Reply(hang=True), Reply()])
     aio(way(provider, chat(max_tokens=9), config))
-    clock.advance(61)
-    chat(max_tokens=9).invoke("Hello", config)
-    assert balance(one).held == 0
+    assert nothing_is_open(one, balance)
     assert one.process_run.summary().calls_charged_at_bound == 1
     assert balance(one).spent >= provider.billed_pico > 0
 
 
 @pytest.mark.parametrize("way", GIVEN_UP)
-def test_or_at_the_end_of_the_run_around_it(aio, provider, chat, one, config, balance, way):
+def test_and_inside_its_run_too(aio, provider, chat, one, config, balance, way):
     provider.reset([Reply(hang=True)])
 
     async def work():
         with one.run() as run:
             await way(provider, chat(max_tokens=9), config)
-            assert balance(one).held > 0
-        return run
+            assert nothing_is_open(one, balance)
+            assert run.summary().calls_charged_at_bound == 1
+            assert balance(one).spent >= provider.billed_pico > 0
 
-    run = aio(work())
-    assert run.summary().calls_charged_at_bound == 1
-    assert balance(one).held == 0
-    assert balance(one).spent >= provider.billed_pico > 0
+    aio(work())
+
+
+def test_calls_that_are_cancelled_one_after_the_other_do_not_keep_the_next_one_waiting(aio, provider, chat, watchdog, balance):
+    one = watchdog(budgets=[Budget(llm_calls=3, per="lifetime")])
+    config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one)]}
+
+    async def work():
+        for _ in range(3):
+            provider.reset([Reply(hang=True)])
+            await cancelled(provider, chat(max_tokens=9), config)
+        provider.reset()
+        with pytest.raises(BudgetExceeded, match="has spent 3"):
+            await chat(max_tokens=9).ainvoke("Hello", config)
+
+    aio(work())
+    assert provider.request_count == 0
+
+
+def test_a_call_that_is_cancelled_beside_others_ends_alone(aio, provider, chat, one, config, balance):
+    provider.reset(lambda body: Reply(hang=True) if "first" in str(body) else Reply())
+
+    async def work():
+        model = chat(max_tokens=9)
+        first = asyncio.ensure_future(model.ainvoke("the first", config))
+        assert await asyncio.to_thread(provider.wait_for_requests)
+        await asyncio.gather(*(model.ainvoke(f"number {number}", config) for number in range(3)))
+        assert balance(one).held > 0
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    aio(work())
+    assert nothing_is_open(one, balance)
+    assert one.process_run.summary().calls_charged_at_bound == 1
+    assert one.process_run.summary().total.calls == 4
+
+
+@pytest.mark.parametrize("kind", [GenericFakeChatModel, FakeListLLM])
+def test_what_raises_before_anything_is_sent_gives_everything_back(aio, watchdog, balance, kind):
+    one = watchdog(budgets=[Budget(llm_calls=9, per="lifetime")])
+    model = kind(messages=iter(["a", "b"])) if kind is GenericFakeChatModel else kind(responses=["a", "b"])
+    config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one), Broken()]}
+    sent = [[HumanMessage("a")], [HumanMessage("b")]] if kind is GenericFakeChatModel else ["a", "b"]
+    with pytest.raises(RuntimeError, match="broken"):
+        model.generate(sent, **config)
+    with pytest.raises(RuntimeError, match="broken"):
+        aio(model.agenerate(sent, **config))
+    assert nothing_is_open(one, balance)
+    assert balance(one).spent == 0
+    assert one.process_run.summary().total.calls == 0
 
 
 @pytest.mark.parametrize("way", GIVEN_UP)
 @pytest.mark.parametrize("kind", ["chain", "graph"])
-def test_or_at_the_end_of_the_chain_around_it(aio, provider, chat, one, config, balance, way, kind):
+def test_and_inside_a_chain_or_a_graph(aio, provider, chat, one, config, balance, way, kind):
     provider.reset([Reply(hang=True)])
     model = chat(max_tokens=9)
     if kind == "chain":
@@ -399,31 +430,24 @@ def test_or_at_the_end_of_the_chain_around_it(aio, provider, chat, one, config, 
 
 
 @pytest.mark.slow
-def test_a_call_given_up_inside_a_node_that_goes_on_is_charged_at_the_end_of_the_node(aio, provider, chat, one, config, balance):
+def test_a_call_given_up_inside_a_node_that_goes_on_is_charged_at_once(aio, provider, chat, one, config, balance):
     provider.reset([Reply(hang=True), Reply()])
-    held = []
+    spent = []
 
     async def think(state):
         model = chat(max_tokens=9)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
                 await model.ainvoke("Hello")
-        held.append(balance(one).held)
-        return {}
-
-    async def after(state):
-        held.append(balance(one).held)
+        spent.append(balance(one).spent)
         return {}
 
     builder = StateGraph(MessagesState)
     builder.add_node("think", think)
-    builder.add_node("after", after)
     builder.add_edge(START, "think")
-    builder.add_edge("think", "after")
     aio(builder.compile().ainvoke(HELLO, config))
-    assert held[0] > 0
-    assert held[1] == 0
-    assert balance(one).spent >= provider.billed_pico > 0
+    assert balance(one).held == 0
+    assert balance(one).spent == spent[0] >= provider.billed_pico > 0
 
 
 @pytest.mark.slow
@@ -479,17 +503,18 @@ class Broken(BaseCallbackHandler):
     def on_chat_model_start(self, *args, **kwargs):
         raise RuntimeError("broken")
 
+    def on_llm_start(self, *args, **kwargs):
+        raise RuntimeError("broken")
+
 
 @both
-def test_another_handler_that_raises_after_ours(aio, provider, chat, clocked, balance, is_async):
-    clock, one = clocked
+def test_another_handler_that_raises_after_ours(aio, provider, chat, one, balance, is_async):
     config = {"callbacks": [ClevAgentCallbackHandler(watchdog=one), Broken()]}
     with pytest.raises(RuntimeError, match="broken"):
         run(aio, is_async, chat(max_tokens=9), "Hello", config)
     assert provider.request_count == 0
-    assert dangling(one, balance) == (0, True)
-    give_up(clock, one)
-    assert balance(one).held == 0
+    assert nothing_is_open(one, balance)
+    assert balance(one).spent == 0
 
 
 @both
