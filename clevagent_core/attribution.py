@@ -98,16 +98,18 @@ def _candidates(process: Run, found: Look, active: list[Run]) -> Run | list[Run]
     if found.is_outside:
         return process
     # A task inherits the run that it is begun in; but not from a generator that is stepped by several.
-    return blocks_of(process.watchdog) if _knows_by_context() else active
+    return blocks_of(process.watchdog, of_task=_is_in_loop()) if _knows_by_context() else active
 
 
 def _knows_by_context() -> bool:
     """Tell whether the context tells of every run that this code is begun in: a task's does, and what one hands to a thread of these."""
+    return _is_in_loop() or type(threading.current_thread()).__module__.startswith(("anyio.", "asgiref."))
+
+
+def _is_in_loop() -> bool:
     asyncio = sys.modules.get("asyncio")
     running_loop = getattr(asyncio, "_get_running_loop", None)  # documented; the public one raises
-    if running_loop is not None and running_loop() is not None:
-        return True
-    return type(threading.current_thread()).__module__.startswith(("anyio.", "asgiref."))
+    return running_loop is not None and running_loop() is not None
 
 
 def _outlived(process: Run, run: Outlived) -> Run:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from clevagent_core.budgets import Budget, as_budgets, check_actions
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Frame, block_here, finish, frame_of, is_split, leave, left_by, open_block, stand_in, stands
+from clevagent_core.frames import Frame, Standing, block_here, finish, frame_of, is_split, leave, left_by, open_block, stands
 from clevagent_core.runs import Run
 
 P = ParamSpec("P")
@@ -214,18 +214,18 @@ class RunBlock:
 class _Steps:
     """``with``: one step of a generator. Steps of one generator come one after the other."""
 
-    __slots__ = ("_before", "_frame")
+    __slots__ = ("_standing",)
 
     def __init__(self, frame: Frame) -> None:
-        self._frame = frame
-        self._before: Frame | None = None
+        self._standing = Standing(frame)
 
     def __enter__(self) -> None:
-        frame = self._frame
+        frame = self._standing.frame
         frame.watchdog.set_active(frame.run, is_active=True)
         frame.block = block_here()
-        self._before = stand_in(frame)
+        self._standing.__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        stand_in(self._before)
-        self._frame.watchdog.set_active(self._frame.run, is_active=False)
+        self._standing.__exit__()
+        frame = self._standing.frame
+        frame.watchdog.set_active(frame.run, is_active=False)

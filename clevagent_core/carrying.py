@@ -1,9 +1,10 @@
 """Carries what a context stands in to the threads that are started in it, and to the work that is handed to pools in it.
 
-A raw thread inherits no context. ``Thread.start`` notes on the thread what it was started in, weakly; its target and ``run`` stay as
-they are. ``ThreadPoolExecutor.submit`` and the methods of ``multiprocessing.pool.ThreadPool`` set it for each piece of work, also
-where there is nothing to carry: a worker must not keep what its pool's first user stood in. Put in place while a watchdog is
-configured, and taken away with the last. Checked with CPython 3.11 to 3.13.
+A raw thread inherits no context. ``Thread.start`` notes on the thread what it was started in, weakly, and its own context stands in
+that from the beginning, and so do the tasks that it begins; its target and ``run`` stay as they are. ``ThreadPoolExecutor.submit``, the
+methods of ``multiprocessing.pool.ThreadPool`` and ``Future.add_done_callback`` set it for each piece of work, also where there is
+nothing to carry: a worker must not keep what its pool's first user stood in, nor what a piece of work left behind. Put in place while
+a watchdog is configured, and taken away with the last. Checked with CPython 3.11 to 3.13.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clevagent_core.frames import Frame, carry, mark, work_in
+from clevagent_core.frames import Frame, Standing, begin_thread, carry, mark, work_in
 from clevagent_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
-_WORKERS = ("concurrent.futures.thread", "multiprocessing.pool", "anyio.", "asgiref.")
+_WORKERS = ("concurrent.futures.", "multiprocessing.pool", "anyio.", "asgiref.")
 """Modules whose functions, or classes of threads, work for whoever comes next."""
 _OF_THREAD_POOL = ("apply_async", "_map_async", "imap", "imap_unordered")
 """Where all methods of a ThreadPool take their function, as their first argument."""
@@ -39,12 +40,14 @@ class Carrying:
     @hookimpl
     def clevagent_configure(self, watchdog: Watchdog) -> None:
         """Put it in place."""
-        from concurrent.futures.thread import ThreadPoolExecutor  # noqa: PLC0415 - a millisecond that only a watchdog costs
+        from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - a millisecond that only a watchdog costs
 
         with _lock:
             _watchdogs.add(watchdog)
             _replace(threading.Thread, "start", _start)
+            _replace(threading.Thread, "_bootstrap_inner", _beginning)
             _replace(ThreadPoolExecutor, "submit", _handing_over)
+            _replace(Future, "add_done_callback", _handing_over)
             _watch_thread_pools()
 
     @hookimpl
@@ -81,14 +84,24 @@ def _start(original: Callable[..., None]) -> Callable[..., None]:
     return start
 
 
+def _beginning(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def begin(self: threading.Thread) -> None:
+        begin_thread(self)
+        original(self)
+
+    return begin
+
+
 def _handing_over(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
         frame = carry(_all())
         if args:
             return original(self, functools.partial(_work, frame, args[0]), *args[1:], **kwargs)
-        if "func" in kwargs:
-            kwargs["func"] = functools.partial(_work, frame, kwargs["func"])
+        for name in ("func", "fn"):
+            if name in kwargs:
+                kwargs[name] = functools.partial(_work, frame, kwargs[name])
         return original(self, **kwargs)
 
     return hand_over
@@ -97,7 +110,8 @@ def _handing_over(original: Callable[..., Any]) -> Callable[..., Any]:
 def _work(frame: Frame, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     before = work_in(frame)
     try:
-        return function(*args, **kwargs)
+        with Standing(frame):
+            return function(*args, **kwargs)
     finally:
         work_in(before)
 

@@ -108,6 +108,10 @@ class Frame:
         self.block: Block | None = None
         """Where it was opened, if its run may be another one than that around it, or a generator has opened it."""
 
+    def is_wrap_up(self) -> bool:
+        """Tell whether it holds for a run that is over, too: what that keeps back is for the answer after the stop."""
+        return self.activity is not None and self.activity.kind == "wrap_up"
+
 
 class Block:
     """Where a frame was opened."""
@@ -118,10 +122,10 @@ class Block:
     """The code of that frame."""
     by = 0
     """The identity of the generator's Python frame that opened it, also through contextlib: the one that leaves it."""
-    driver: tuple[int, CodeType] | None = None
-    """Who stepped the generator then."""
     is_outside = False
     """Whether it only tells that this is outside of every run, as far as the context knows; a framework may know better."""
+    outliving: weakref.WeakSet[asyncio.Task[Any]] | None = None
+    """The tasks that there were when its frame was over and could not be taken out of its context."""
 
     def __init__(self, thread: object, task: object) -> None:
         """Begin it; ``None`` for both where it was carried."""
@@ -131,6 +135,13 @@ class Block:
     def is_own(self) -> bool:
         """Tell whether this code runs in the task, or else the thread, that opened it."""
         return self.thread is _here.mark and self.task == current_task()
+
+    def is_outlived(self) -> bool:
+        """Tell whether this task, or thread, was begun in it, once its frame is over; not where it only was left in the context."""
+        if self.is_own():
+            return False
+        task = current_task()
+        return self.outliving is None or (task is not None and task() in self.outliving)
 
 
 class Spot(NamedTuple):
@@ -148,22 +159,21 @@ def spot() -> Spot:
 class _Here(threading.local):
     """Tells threads apart; unlike their idents, these are not used again."""
 
+    below: Frame | None = None
+    """What a piece of work that a pool does here stands in, where that runs in a context of its own."""
+
     def __init__(self) -> None:
         self.mark = object()
-        marks: tuple[_Mark, ...] | None = getattr(threading.current_thread(), _MARKS, None)
-        self.below: Frame | tuple[_Mark, ...] | None = marks
-        """What stands below the context: the piece of work that a pool does here, else what the thread was started in."""
 
 
-Below = Frame | tuple["_Mark", ...] | None
 _MARKS = "_clevagent_marks"
 _here = _Here()
 _current: ContextVar[Frame | None] = ContextVar("clevagent_frame", default=None)
 _openers: dict[int, list[Frame]] = {}
 """The blocks that are open in generators, by the generator's frame. By its identity, as a reference would keep the generator alive,
 and its code: a generator whose event loop was closed goes away without closing its block, and its identity may be another's then."""
-_has_carried = False
-"""Whether anything was ever noted on a thread, or handed to a pool: until then no thread has to be asked what it was started in."""
+_has_pools = False
+"""Whether any work was ever handed to a pool: until then no thread has to be asked what it does."""
 _lost: dict[Frame, None] = {}
 """The blocks that were opened, through contextlib, in a context that was thrown away then."""
 
@@ -210,8 +220,7 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
 
 def _frame_here(watchdog: Any, run: Any, activity: Activity | None, raw: Frame | None) -> Frame:
     # Left behind by a generator that the garbage collector has closed, or where an exception of a signal handler landed in leave().
-    while raw is not None and raw.is_over and (raw.block is None or raw.block.is_own()):
-        raw = raw.outer
+    raw = _past_what_is_over(raw)
     base = frame_of(watchdog)
     frame = Frame(watchdog, run, base, activity, raw)
     if _openers:
@@ -236,12 +245,11 @@ def _note_opener(frame: Frame, caller: FrameType) -> None:
     found = _opener(caller)
     if found is None:
         return
-    python, driver = found
+    (python,) = found
     if python is None:
         _lost[frame] = None
         return
     block.opener, block.code = id(python), python.f_code
-    block.driver = None if driver is None else (id(driver), driver.f_code)
     _openers.setdefault(block.opener, []).append(frame)
 
 
@@ -263,7 +271,8 @@ def leave(frame: Frame) -> None:
     block = frame.block
     if block is not None and (block.opener or _lost):
         _unlist(frame, block)
-    if _collecting_in is not None and _collecting_in == threading.get_ident():
+    if _is_collecting():
+        _note_left_behind(block)
         return
     top = _current.get()
     if top is not frame:
@@ -271,17 +280,28 @@ def leave(frame: Frame) -> None:
         while top is not None and top is not frame and top.is_over:
             top = top.outer
     if top is frame:
-        _current.set(frame.outer)
+        _current.set(_past_what_is_over(frame.outer))
+    if block is not None and (top is not frame or not block.is_own()):
+        _note_left_behind(block)  # in this context, or in that which this one was copied from
     if frame.around is not None and frame.around.is_over:
         _cut(frame)
 
 
+def _past_what_is_over(frame: Frame | None) -> Frame | None:
+    """Look past frames of this task, or thread, that are over. Those of others tell what this one has outlived."""
+    while frame is not None and frame.is_over and (frame.block is None or frame.block.is_own()):
+        frame = frame.outer
+    return frame
+
+
 def _cut(frame: Frame) -> None:
     """Let go of what is over around a frame that is over: code that begins the next from inside the last would keep them all."""
-    around = frame.around
+    around, outer = frame.around, frame.outer
     while around is not None and around.is_over:
         around = around.around
-    frame.outer = frame.around = around
+    while outer is not None and outer.is_over:
+        outer = outer.outer
+    frame.around, frame.outer = around, outer
 
 
 def finish(frame: Frame) -> None:
@@ -292,6 +312,15 @@ def finish(frame: Frame) -> None:
     block = frame.block
     if block is not None and (block.opener or _lost):
         _unlist(frame, block)
+    _note_left_behind(block)
+
+
+def _note_left_behind(block: Block | None) -> None:
+    """Note which tasks there are when a frame is over that stays in its context: those that are begun later only find it there."""
+    if block is None or block.outliving is not None:
+        return
+    task = block.task() if isinstance(block.task, weakref.ref) else None
+    block.outliving = weakref.WeakSet() if task is None else weakref.WeakSet(sys.modules["asyncio"].all_tasks(task.get_loop()))
 
 
 def _unlist(frame: Frame, block: Block) -> None:
@@ -305,21 +334,28 @@ def _unlist(frame: Frame, block: Block) -> None:
         _lost.pop(frame, None)
 
 
-_collecting_in: int | None = None
-"""The thread in which the garbage collector runs.
+class _Latest:
+    """The latest event of the garbage collector, under whichever name it has."""
 
-Before CPython 3.12 that may be in the middle of a ``ContextVar.set``, which makes objects: a second ``set``, by what the collector
-closes, frees the mapping that the first one reads, and values are lost for good in this context and all that are copied from it.
-"""
+    __slots__ = ("event",)
 
 
-def _note_collection(phase: str, info: dict[str, int]) -> None:  # noqa: ARG001 - as gc calls it
-    global _collecting_in  # noqa: PLW0603 - there is one collector
-    _collecting_in = threading.get_ident() if phase == "start" else None
-
-
+_Latest.start = _Latest.stop = _Latest.event  # type: ignore[attr-defined]
+_latest = _Latest()
+_events = threading.local()
 if sys.version_info < (3, 12):
-    gc.callbacks.append(_note_collection)
+    # Both are called with (phase, info). No Python code runs in them: an exception of a signal handler would end there, unheard.
+    gc.callbacks += [functools.partial(setattr, _latest), functools.partial(setattr, _events)]
+
+
+def _is_collecting() -> bool:
+    """Tell whether the garbage collector runs in this thread: whether its latest event is a start, and came here.
+
+    Before CPython 3.12 that may be in the middle of a ``ContextVar.set``, which makes objects: a second ``set``, by what the collector
+    closes, frees the mapping that the first one reads, and values are lost for good in this context and all that are copied from it.
+    """
+    event = getattr(_latest, "event", None)
+    return event is not None and event is getattr(_events, "start", None)
 
 
 def left_by(frames: list[Frame]) -> Frame:
@@ -337,16 +373,12 @@ def _counting(frame: Frame | None) -> Frame | None:
     """Look past the blocks of generators that this is the consumer of."""
     stack = _stack()
     while frame is not None and frame.block is not None and _is_passed(frame, frame.block, stack):
-        frame = frame.around
+        frame = frame.outer
     return frame
 
 
 def _is_passed(frame: Frame, block: Block, stack: dict[int, CodeType]) -> bool:
     return bool(block.opener) and not frame.is_over and stack.get(block.opener) is not block.code and block.is_own()
-
-
-def _is_generators(frame: Frame) -> bool:
-    return frame.block is not None and frame.block.opener != 0
 
 
 def block_here() -> Block:
@@ -426,12 +458,32 @@ class Within(ContextDecorator):
         self.__exit__()
 
 
-def stand_in(frame: Frame | None) -> Frame | None:
-    """Let what is called in this context stand in a frame that is not left by that; give what to put back, in the same way."""
-    before = _current.get()
-    if _collecting_in is None or _collecting_in != threading.get_ident():
-        _current.set(frame)
-    return before
+class Standing:
+    """``with``: what is called inside stands in a frame, which is not left by that. For one step of something after the other."""
+
+    __slots__ = ("_before", "_spot", "frame")
+
+    def __init__(self, frame: Frame) -> None:
+        """Stand in ``frame``."""
+        self.frame = frame
+        self._before: Frame | None = None
+        self._spot: Spot | None = None
+
+    def __enter__(self) -> None:
+        """Stand in it."""
+        self._before, self._spot = _current.get(), spot()
+        if not _is_collecting():
+            _current.set(self.frame)
+
+    def __exit__(self, *exception: object) -> None:
+        """Stand where this stood before."""
+        before, self._before = self._before, None
+        top = _current.get()
+        while top is not None and top is not self.frame:
+            top = top.outer
+        # A coroutine that nobody awaits any more is closed wherever the collector, or somebody else, comes upon it.
+        if top is not None and self._spot == spot() and not _is_collecting():
+            _current.set(before)
 
 
 def entry(watchdog: Any) -> Frame | None:
@@ -457,8 +509,8 @@ def _resolved(watchdog: Any, run: Any, outer: Frame | None) -> Frame:
     return frame
 
 
-def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | None] | None:
-    """Find the generator that opens a block, and who steps it; ``None`` where no generator does.
+def _opener(python: FrameType | None) -> tuple[FrameType | None] | None:
+    """Find the generator that opens a block; ``None`` where no generator does.
 
     A generator of ``None``: it is stepped by contextlib in a context that is thrown away.
     """
@@ -467,12 +519,12 @@ def _opener(python: FrameType | None) -> tuple[FrameType | None, FrameType | Non
         if _is_generator(python.f_code):
             driver = python.f_back
             if driver is None or _kind_of(driver) != "splits":
-                return python, driver
+                return (python,)
             python, was_split = driver, True
             continue
         kind = _kind_of(python)
         if kind not in ("splits", "ours"):
-            return (None, None) if was_split and kind == "copies" else None
+            return (None,) if was_split and kind == "copies" else None
         python = python.f_back
     return None
 
@@ -518,7 +570,7 @@ def frame_of(watchdog: Any) -> Frame | None:
     frame = _current.get()
     if not _openers:
         if frame is None:
-            return look(watchdog).frame if _has_carried and _here.below is not None else None
+            return look(watchdog).frame if _has_pools and _here.below is not None else None
         if frame.watchdog is watchdog and not frame.is_over and frame.run.ended_at is None:
             return frame
     return look(watchdog).frame
@@ -550,49 +602,34 @@ def look(watchdog: Any) -> Look:
     if stepped is not None and not _leads_to(found, stepped):
         return Look(stepped, None, False)
     if found is None and outlived is None:
-        below = _here.below
-        if isinstance(below, Frame):
-            found, outlived, was_outside = _search(watchdog, below, stack)
-            is_outside = is_outside or was_outside
-        elif below is not None and not _serves_a_loop():
-            found, outlived = _marked(watchdog, below)
+        found, outlived = _marked(watchdog, _marks_of(_current.get()))
+    if found is None and outlived is None and _here.below is not None:
+        found, outlived, was_outside = _search(watchdog, _here.below, stack)
+        is_outside = is_outside or was_outside
     return Look(found, outlived, is_outside and found is None)
-
-
-def _serves_a_loop() -> bool:
-    """Tell whether this thread runs an event loop for whoever hands it something, with a context of their own."""
-    if current_task() is None:
-        return False
-    python: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as above
-    while python is not None:
-        if python.f_code.co_name in ("run_until_complete", "run") and python.f_globals.get("__name__") in _RUNNERS:
-            return False
-        python = python.f_back
-    return True
-
-
-_RUNNERS = ("asyncio.base_events", "asyncio.runners")
 
 
 def _search(watchdog: Any, top: Frame | None, stack: dict[int, CodeType]) -> tuple[Frame | None, Outlived | None, bool]:
     """Find what counts of a chain of frames; what would have, if it were not over; and whether it is known to be outside."""
     is_outside = False
-    for frame in _chain(top):
-        if frame.watchdog is not watchdog:
-            continue
+    frame = top
+    while frame is not None:
         block = frame.block
-        if block is not None and block.is_outside:
+        is_passed = block is not None and _is_passed(frame, block, stack)
+        if frame.watchdog is not watchdog:
+            pass
+        elif block is not None and block.is_outside:
             is_outside = True
-        elif not frame.is_over and frame.activity is not None and frame.activity.kind == "wrap_up":
-            return frame, None, is_outside  # also of a run that is over: what it keeps back is for the answer after the stop
-        elif frame.is_over or frame.run.ended_at is not None:
-            if block is not None and not block.is_own():
+        elif frame.is_over or (frame.run.ended_at is not None and not frame.is_wrap_up()):
+            if block is not None and block.is_outlived():
                 found = _still_around(frame.run)
                 return found, None if found is not None else _outlived(frame.run), is_outside
-        elif block is None or not _is_passed(frame, block, stack):
+        elif not is_passed:
             return frame, None, is_outside
         else:
-            is_outside = is_outside or _is_consumer(block, stack)
+            is_outside = True  # this is the code of whoever steps the generator, or comes after it
+        # Not around it where this code is not in it.
+        frame = frame.outer if is_passed or frame.is_over else frame.around
     return None, None, is_outside
 
 
@@ -633,18 +670,17 @@ def _stepped(watchdog: Any, stack: dict[int, CodeType]) -> Frame | None:
     return None
 
 
-def _is_consumer(block: Block, stack: dict[int, CodeType]) -> bool:
-    """Tell whether this is the code of whoever stepped a generator. One that nobody steps any more has been left behind."""
-    if block.task is not None:
-        return True
-    driver = block.driver
-    return driver is not None and stack.get(driver[0]) is driver[1]
+def blocks_of(watchdog: Any, *, of_task: bool) -> list[Any]:
+    """The runs of the blocks that code may be begun in whose context tells of none.
 
-
-def blocks_of(watchdog: Any) -> list[Any]:
-    """The runs of the blocks that are open in generators of this thread, or were opened in a context that is gone."""
-    found = [frame for blocks in list(_openers.values()) for frame in blocks if frame.block and frame.block.thread is _here.mark]
-    found += _lost
+    They were opened in a context that is gone; or, if a task asks, they are open in generators of its thread, to whose steps a context
+    belongs that others use, too.
+    """
+    found = list(_lost)
+    if of_task:
+        found += [
+            frame for blocks in list(_openers.values()) for frame in blocks if frame.block and frame.block.thread is _here.mark
+        ]
     return [frame.run for frame in found if frame.watchdog is watchdog and frame.run.ended_at is None]
 
 
@@ -676,10 +712,8 @@ class _Mark(NamedTuple):
 
 def mark(thread: threading.Thread, watchdogs: Iterable[Any]) -> None:
     """Note on a thread, which is about to be started, what it is started in."""
-    global _has_carried  # noqa: PLW0603 - it never ends
     frames = [frame for watchdog in watchdogs if (frame := frame_of(watchdog)) is not None]
     if frames:
-        _has_carried = True
         object.__setattr__(thread, _MARKS, tuple(_mark_of(frame) for frame in frames))  # whatever its class makes of new attributes
 
 
@@ -693,8 +727,34 @@ def _carried(frame: Frame) -> tuple[Activity, ...]:
     return tuple(activity for activity in frame.activities if activity.kind != "wrap_up" and not activity.is_over)
 
 
+class _Started(Frame):
+    """What stands at the bottom of the context of a thread, and of all that are copied from it."""
+
+    __slots__ = ("marks",)
+
+    def __init__(self, marks: tuple[_Mark, ...]) -> None:
+        super().__init__(None, None, None, None, None)
+        self.marks = marks
+
+
+def begin_thread(thread: threading.Thread) -> None:
+    """Let this thread, which begins now, stand in what it was started in."""
+    marks = getattr(thread, _MARKS, None)
+    if marks:
+        _current.set(_Started(marks))
+
+
+def _marks_of(top: Frame | None) -> tuple[_Mark, ...]:
+    """Find what the thread was started in in whose context, or a copy of it, this stands."""
+    while top is not None:
+        if isinstance(top, _Started):
+            return top.marks
+        top = top.outer
+    return ()
+
+
 def _marked(watchdog: Any, marks: tuple[_Mark, ...]) -> tuple[Frame | None, Outlived | None]:
-    """Find what this thread was started in."""
+    """Find what counts of what a thread was started in."""
     for found in marks:
         if found.watchdog() is not watchdog:
             continue
@@ -726,10 +786,10 @@ def carry(watchdogs: Iterable[Any]) -> Frame:
     return bottom
 
 
-def work_in(frame: Below) -> Below:
-    """Let a piece of work that a pool does in this thread stand in a frame, below its own context; give what to put back."""
-    global _has_carried  # noqa: PLW0603 - as above
-    _has_carried = True
+def work_in(frame: Frame | None) -> Frame | None:
+    """Let a piece of work that a pool does in this thread stand in a frame, also in a context of its own; give what to put back."""
+    global _has_pools  # noqa: PLW0603 - it never ends
+    _has_pools = True
     before, _here.below = _here.below, frame
     return before
 
@@ -755,11 +815,11 @@ def activities_here(kind: str) -> list[Activity]:
     Some may be over: it is for those who begin them to say what that means.
     """
     found: dict[Activity, None] = {}
-    below = _here.below
-    for frame in (*_chain(_current.get()), *_chain(below if isinstance(below, Frame) else None)):
+    top = _current.get()
+    for frame in (*_chain(top), *_chain(_here.below)):
         found.update(dict.fromkeys(activity for activity in reversed(frame.activities) if activity.kind == kind))
-    if not found and isinstance(below, tuple):
-        activities = [reference() for noted in below for reference in reversed(noted.activities)]
+    if not found:
+        activities = [reference() for noted in _marks_of(top) for reference in reversed(noted.activities)]
         found.update(dict.fromkeys(activity for activity in activities if activity is not None and activity.kind == kind))
     return list(found)
 

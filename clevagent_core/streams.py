@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Self
 
-from clevagent_core.frames import Frame, finish, frame_of, kept, stand_in
+from clevagent_core.frames import Frame, Standing, finish, frame_of, kept
 
 
 def belonging(watchdog: Any, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -21,31 +21,24 @@ def abelonging(watchdog: Any, make: Callable[[], AsyncIterator[Any]]) -> AsyncIt
     return items if frame is None or not hasattr(items, "__anext__") else AsyncStream(items, frame)
 
 
-class _Bound:
+class _Bound(Standing):
     """Where a stream stands, until it is over."""
 
-    __slots__ = ("_before", "_frame", "_lease")
+    __slots__ = ("_lease",)
 
     def __init__(self, frame: Frame) -> None:
-        self._frame = kept(frame)
-        self._before: Frame | None = None
+        super().__init__(kept(frame))
         self._lease: object = frame.run.lease()
-
-    def __enter__(self) -> None:
-        self._before = stand_in(self._frame)
-
-    def __exit__(self, *exception: object) -> None:
-        stand_in(self._before)
 
     def end(self) -> None:
         """It will not be read any further."""
-        finish(self._frame)
-        self._frame.run.end_lease(self._lease)
+        finish(self.frame)
+        self.frame.run.end_lease(self._lease)
 
     def drop(self) -> None:
         """Nobody holds it any more."""
-        finish(self._frame)
-        self._frame.run.end_lease(self._lease, soon=True)
+        finish(self.frame)
+        self.frame.run.end_lease(self._lease, soon=True)
 
 
 class Stream(Iterator[Any]):

@@ -43,7 +43,7 @@ from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import entry, frame_of, stand_in
+from clevagent_core.frames import Standing, entry, frame_of
 from clevagent_core.names import Known, check_known
 from clevagent_core.runs import Run
 from clevagent_core.streams import abelonging, belonging
@@ -518,11 +518,8 @@ def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
             frame = entry(_watchdog_of(self))
             if frame is None:
                 return await method(self, *args, **kwargs)
-            before = stand_in(frame)
-            try:
+            with Standing(frame):
                 return await method(self, *args, **kwargs)
-            finally:
-                stand_in(before)
 
         return aenter
 
@@ -531,11 +528,8 @@ def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
         frame = entry(_watchdog_of(self))
         if frame is None:
             return method(self, *args, **kwargs)
-        before = stand_in(frame)
-        try:
+        with Standing(frame):
             return method(self, *args, **kwargs)
-        finally:
-            stand_in(before)
 
     return enter
 

@@ -18,7 +18,7 @@ from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from langgraph.types import Command
 
 from clevagent_core.errors import Stopped, UsageError
-from clevagent_core.frames import Frame, leave, stand_in, stands
+from clevagent_core.frames import Standing, leave, stands
 from clevagent_core.names import check_known
 from clevagent_core.runs import Run
 from clevagent_langchain import ClevAgentCallbackHandler
@@ -142,9 +142,10 @@ class Invocation:
         self._halts: list[Incident] = []
         self._waiting: list[str] = []
         """The runs of graphs inside it that have not finished."""
-        self._before: tuple[Frame | None, Invocation | None, BaseCallbackHandler | None] = None, None, None
+        self._before: tuple[Invocation | None, BaseCallbackHandler | None] = None, None
         # One for all steps: nodes that are begun in one step of a stream go on in the next.
         self._frame = stands(watchdog, run)
+        self._standing = Standing(self._frame)
         self._frame.through = bubbling(self._frame.through)
         self._frame.ending = self.ending
 
@@ -152,17 +153,19 @@ class Invocation:
 
     def __enter__(self) -> None:
         """Make the run the current one."""
-        self._before = stand_in(self._frame), _current.get(), _seeing.get()
+        self._standing.__enter__()
+        self._before = _current.get(), _seeing.get()
         _current.set(self)
         if self.handler is not None:
             _seeing.set(self.handler)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Put back what was current before."""
-        # Not by token: a generator may be closed in another context than the one it ran in.
-        stand_in(self._before[0])
-        _current.set(self._before[1])
-        _seeing.set(self._before[2])
+        self._standing.__exit__()
+        # Not by token, and only where it was set: a generator may be closed in another context than the one it ran in.
+        if _current.get() is self:
+            _current.set(self._before[0])
+            _seeing.set(self._before[1])
 
     def ending(self, incident: Incident) -> type[BaseException] | None:
         """Choose the type by which a refusal ends the graph, or one around it: that which says so first, from the inside out."""

@@ -75,7 +75,7 @@ def test_a_loaded_model_repeats_as_often_as_the_one_that_was_written(chat, provi
 def test_budgets_of_its_own_do_not_stand_in_json_and_are_not_forgotten_either(make, provider):
     guarded = clevagent.guard(make(), budgets=[Budget(llm_calls=1, per="lifetime", name="mine")])
     loaded = loads(dumps(guarded), allowed_objects="all")
-    with pytest.raises(UsageError, match="'mine'.*Give them again"):
+    with pytest.raises(UsageError, match=r"'mine'.*Give them again"):
         loaded.invoke("Hello")
     with pytest.raises(UsageError, match="'mine'"):
         loads(dumps(loaded), allowed_objects="all").invoke("Hello")
