@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from inspect import isasyncgen, isasyncgenfunction, iscoroutine, iscoroutinefunction, isgenerator, isgeneratorfunction
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from clevagent_core.budgets import Budget, as_budgets, check_actions
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Frame, Standing, block_here, finish, frame_of, is_split, leave, left_by, open_block, stands
+from clevagent_core.frames import (
+    Frame,
+    Standing,
+    block_here,
+    finish,
+    frame_of,
+    is_split,
+    leave,
+    left_by,
+    name_of,
+    open_block,
+    stands,
+)
 from clevagent_core.runs import Run
 
 P = ParamSpec("P")
@@ -108,25 +120,41 @@ class RunBlock:
         The run of a generator is in force while its body runs, and nowhere between the steps, whoever steps it; it ends with the
         generator.
         """
-        if isasyncgenfunction(function):
+        if _is(isasyncgenfunction, function):
             return cast("Callable[P, R]", self._over_asteps(function))
-        if isgeneratorfunction(function):
-            return cast("Callable[P, R]", self._over_steps(function))
-        if iscoroutinefunction(function):
+        if _is(isgeneratorfunction, function):
+            return cast("Callable[P, R]", self._over_steps(cast("Callable[..., Generator[Any, Any, Any]]", function)))
+        if _is(iscoroutinefunction, function):
 
             @wraps(function)
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with self:
-                    return await function(*args, **kwargs)
+                    return await cast("Awaitable[Any]", function(*args, **kwargs))
 
             return cast("Callable[P, R]", run_async)
 
         @wraps(function)
         def run_sync(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self:
-                return function(*args, **kwargs)
+            with self as run:
+                result = function(*args, **kwargs)
+                later = self._later(result)
+                # It has made no call yet, and that is nothing to tell.
+                run.is_asked = run.is_asked or later is not None
+            return result if later is None else cast("R", later)
 
         return run_sync
+
+    def _later(self, result: Any) -> Any:
+        """Make what a function has begun, and left to its caller to carry out, a run of its own; ``None`` if it is nothing such."""
+        if iscoroutine(result):
+            return self._awaited(result)
+        if isasyncgen(result):
+            return self._over_asteps(lambda: result)()
+        return self._over_steps(lambda: result)() if isgenerator(result) else None
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with self:
+            return await coroutine
 
     def _start(self, *, inherited: bool = True) -> Run:
         watchdog = self._watchdog()
@@ -146,7 +174,7 @@ class RunBlock:
         """Begin a run that is in force in the steps of one generator only."""
         if is_split(stepper):
             raise UsageError(
-                f"@clevagent.run(...) on the generator {function.__name__}() covers its body, and this one is stepped as a context manager "
+                f"@clevagent.run(...) on the generator {name_of(function)}() covers its body, and this one is stepped as a context manager "
                 "or a dependency, so that what is called between its two steps would be in no run. Open the block inside it: "
                 "`with clevagent.run(...): yield`."
             )
@@ -172,11 +200,7 @@ class RunBlock:
                         return end.value
                     try:
                         sent = yield item
-                    except GeneratorExit:
-                        with in_run:
-                            generator.close()
-                        raise
-                    except BaseException as error:
+                    except BaseException as error:  # GeneratorExit, too: close() is a throw to a generator
                         thrown = error
                         step = lambda: generator.throw(thrown)  # noqa: E731, B023 - called before it changes
                     else:
@@ -198,17 +222,18 @@ class RunBlock:
                         return
                     try:
                         sent = yield item
-                    except GeneratorExit:
-                        with in_run:
-                            await generator.aclose()
-                        raise
-                    except BaseException as error:
+                    except BaseException as error:  # as above
                         thrown = error
                         step = lambda: generator.athrow(thrown)  # noqa: E731, B023 - called before it changes
                     else:
                         step = lambda: generator.asend(sent)  # noqa: E731, B023 - as above
 
         return asteps
+
+
+def _is(kind: Callable[[object], bool], function: object) -> bool:
+    """Tell whether a function is of a kind, or an object whose ``__call__`` is."""
+    return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004 - which kind of method it is
 
 
 class _Steps:

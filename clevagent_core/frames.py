@@ -436,7 +436,7 @@ class Within(ContextDecorator):
         """
         if isgeneratorfunction(function) or isasyncgenfunction(function):
             raise UsageError(
-                f"activate(), wrap_up() and outside_runs() cannot decorate the generator {function.__name__}(): its body runs in pieces, and "
+                f"activate(), wrap_up() and outside_runs() cannot decorate the generator {name_of(function)}(): its body runs in pieces, and "
                 "none of its calls would be covered. Write the `with` block inside it; or decorate it with @clevagent.run(...)."
             )
         if not iscoroutinefunction(function):
@@ -456,6 +456,12 @@ class Within(ContextDecorator):
     async def __aexit__(self, *exception: object) -> None:
         """Leave it, in whatever context."""
         self.__exit__()
+
+
+def name_of(function: Any) -> str:
+    """Name a function, or what is called like one."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class Standing:
