@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from clevagent_clients.metering import Meter, tap
+from clevagent_clients.metering import Meter, tap, tap_iterators
 from clevagent_core import default
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
@@ -512,13 +512,13 @@ def _process_metered(base: Callable[..., Any], current: Callable[[], Callable[..
 
         @functools.wraps(base)
         async def aprocess(self: Any, **kwargs: Any) -> Any:
-            return await current()(self, **_meter(kwargs))
+            return tap_iterators(await current()(self, **_meter(kwargs)))
 
         return aprocess
 
     @functools.wraps(base)
     def process(self: Any, **kwargs: Any) -> Any:
-        return current()(self, **_meter(kwargs))
+        return tap_iterators(current()(self, **_meter(kwargs)))
 
     return process
 

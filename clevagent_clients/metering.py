@@ -6,6 +6,7 @@ That is where every way of reading an answer comes together: whole or streamed, 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
@@ -103,6 +104,11 @@ class Meter:
             # It has begun, so it is billed, whatever it failed with.
             fail(self._ticket, error, sent=True)
 
+    def left(self) -> None:
+        """Somebody has stopped reading, and may go on later: charged until then. What is told later still corrects it."""
+        if not self._has_ended:
+            self._ticket.charge()
+
     def __del__(self) -> None:
         """Nobody will read the rest."""
         self.end()
@@ -195,8 +201,48 @@ def _tapped(base: type[Any]) -> type[Any]:
         return _blank, (base,), state
 
     body = {"iter_bytes": iter_bytes, "aiter_bytes": aiter_bytes, "close": close, "aclose": aclose, "__reduce_ex__": reduce_ex}
+    return _subclass(base, body)
+
+
+def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, **body})
+
+
+def tap_iterators(stream: Any) -> Any:
+    """Let the meters of a stream of the SDK's know when an iterator over it is closed, while the stream itself lives on; give it."""
+    response = getattr(stream, "response", None)
+    if _METERS in getattr(response, "__dict__", ()) and (hasattr(stream, "__iter__") or hasattr(stream, "__aiter__")):
+        kind: Any = type(stream)
+        stream.__class__ = _tapped_stream(kind)
+    return stream
+
+
+@functools.cache
+def _tapped_stream(base: type[Any]) -> type[Any]:
+    """Make the subclass for one class of streams."""
+
+    def iterate(self: Any) -> Iterator[Any]:
+        try:
+            yield from base.__iter__(self)
+        except GeneratorExit:
+            _left(self)
+            raise
+
+    async def aiterate(self: Any) -> AsyncIterator[Any]:
+        try:
+            async for item in base.__aiter__(self):
+                yield item
+        except (GeneratorExit, asyncio.CancelledError):
+            _left(self)
+            raise
+
+    return _subclass(base, {"__iter__": iterate} if hasattr(base, "__iter__") else {"__aiter__": aiterate})
+
+
+def _left(stream: Any) -> None:
+    for meter in _meters(stream.response):
+        meter.left()
 
 
 def _blank(kind: Any) -> Any:

@@ -109,10 +109,17 @@ _UNTYPED_PAYLOADS = frozenset({"file_data", "fileData", "inline_data", "inlineDa
 
 
 def runs_at_provider(tool: object) -> bool:
-    """Tell whether a tool's schema names one that the provider runs (``web_search_20250305``, ``mcp``): what it reads is billed as
-    input. Tools of the caller's own are ``function`` or ``custom``, or have no type.
-    """  # noqa: D205 - what it tells needs its reason
-    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    """Tell whether the provider runs a tool (``web_search_20250305``, ``mcp``): what that reads is billed as input.
+
+    Tools of the caller's own are ``function`` or ``custom``, plain JSON schemas (``object``), or have no type; a ``namespace`` is what
+    the tools in it are.
+    """
+    if not isinstance(tool, Mapping):
+        return False
+    kind = tool.get("type")
+    if kind == "namespace":
+        inside = tool.get("tools")
+        return not isinstance(inside, (list, tuple)) or any(map(runs_at_provider, inside))
     return isinstance(kind, str) and kind != "custom" and kind not in _TEXT_BLOCKS
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import iscoroutinefunction
@@ -27,6 +28,7 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import (
     Runnable,
     RunnableAssign,
+    RunnableConfig,
     RunnableLambda,
     RunnableParallel,
     RunnablePassthrough,
@@ -43,7 +45,7 @@ from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Standing, entry, frame_of
+from clevagent_core.frames import Standing, enter, entry, frame_of, leave
 from clevagent_core.names import Known, check_known
 from clevagent_core.runs import Run
 from clevagent_core.streams import abelonging, belonging
@@ -793,12 +795,40 @@ def _guard_within(runnable: Any) -> _Guard | None:
 
 
 def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:
-    return [
-        fallback
-        if isinstance(fallback, (RunnableSequence, RunnableLambda)) and _is_guarded_throughout(fallback, guard.budgets)
-        else guard_model(fallback, guard.watchdog, guard.budgets) or fallback
-        for fallback in fallbacks
-    ]
+    return [_guard_one(guard, fallback) for fallback in fallbacks]
+
+
+def _guard_one(guard: _Guard, fallback: Any) -> Any:
+    if isinstance(fallback, (RunnableSequence, RunnableLambda)) and _is_guarded_throughout(fallback, guard.budgets):
+        return _asked_inside(guard, fallback) if isinstance(fallback, RunnableLambda) else fallback
+    return guard_model(fallback, guard.watchdog, guard.budgets) or fallback
+
+
+def _asked_inside(guard: _Guard, function: RunnableLambda[Any, Any]) -> RunnableLambda[Any, Any]:
+    """Let a handler ask before whatever model a function makes when it is called, and the guard's own budgets cover that."""
+    from clevagent_langchain.handler import ClevAgentCallbackHandler  # noqa: PLC0415 - it imports this module
+
+    attached = function.with_config(callbacks=[ClevAgentCallbackHandler(watchdog=guard.watchdog)])
+
+    @contextmanager
+    def lending() -> Iterator[None]:
+        watchdog = guard.watchdog or default.current()
+        frame = enter(watchdog, watchdog.current_run())
+        frame.lent = (*frame.lent, *guard.budgets)
+        try:
+            yield
+        finally:
+            leave(frame)
+
+    def ask(value: Any, config: RunnableConfig) -> Any:
+        with lending():
+            return attached.invoke(value, config)
+
+    async def aask(value: Any, config: RunnableConfig) -> Any:
+        with lending():
+            return await attached.ainvoke(value, config)
+
+    return RunnableLambda(ask, afunc=aask, name=function.get_name())
 
 
 def _is_guarded_throughout(runnable: Any, budgets: tuple[Budget, ...]) -> bool:

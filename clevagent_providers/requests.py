@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from clevagent_core.bounds import is_opaque, rounds_of
+from clevagent_core.bounds import is_opaque, rounds_of, runs_at_provider
 
 LIMIT_KEYS = (
     "max_tokens",
@@ -91,10 +91,7 @@ def is_unbounded(params: Mapping[str, Any]) -> bool:
     if any(is_opaque(params[key]) for key in _MESSAGES if key in params):
         return True
     tools = params.get("tools")
-    if not isinstance(tools, (list, tuple)):
-        return False
-    # A provider's own tools are named by type (web_search_20250305, file_search, mcp): what they read is billed as input.
-    return any(isinstance(tool, Mapping) and tool.get("type", "function") not in {"function", "custom"} for tool in tools)
+    return isinstance(tools, (list, tuple)) and any(map(runs_at_provider, tools))
 
 
 def has_key(value: object, key: str) -> bool:

@@ -11,7 +11,7 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.load import dumpd, dumps, load, loads
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 
 import clevagent
 from clevagent import Budget, BudgetExceeded, UsageError
@@ -145,6 +145,44 @@ def test_alternatives_hold_the_budgets_of_the_guard(make, provider):
 def test_an_alternative_that_cannot_be_looked_into_is_refused_with_the_way_that_works(make):
     with pytest.raises(UsageError, match="Guard the model first"):
         clevagent.guard(make()).configurable_alternatives(LLM, other=make() | StrOutputParser())
+
+
+class Broken(GenericFakeChatModel):
+    messages: object = ()
+
+    def _generate(self, *args, **kwargs):
+        raise RuntimeError("broken")
+
+
+def making(make, budgets=()):
+    """Fall back to a function that makes a model when it is called."""
+    return clevagent.guard(Broken(), budgets=budgets).with_fallbacks([RunnableLambda(lambda text: make().invoke(text))])
+
+
+def test_a_model_that_a_fallback_makes_when_it_is_called_is_asked_for(make, provider):
+    with clevagent.run(budgets=[Budget(llm_calls=3)]) as run:
+        making(make).invoke("Hello")
+        with pytest.raises(RuntimeError, match="broken"):  # LangChain raises what the first model did
+            making(make).invoke("Hello")
+    assert run.summary().total.calls == 3
+    assert provider.request_count == 1
+
+
+def test_and_the_guards_own_budgets_cover_it(make, provider):
+    model = making(make, budgets=[Budget(llm_calls=3, per="lifetime")])
+    model.invoke("Hello")
+    with pytest.raises(RuntimeError, match="broken"):
+        model.invoke("Hello")
+    assert provider.request_count == 1
+
+
+def test_a_fallback_that_says_something_itself_costs_nothing(make, aio):
+    model = clevagent.guard(Broken()).with_fallbacks([RunnableLambda(lambda _: "sorry", name="says")])
+    with clevagent.run(budgets=[Budget(llm_calls=1)]) as run:
+        assert model.invoke("Hello") == "sorry"
+    with clevagent.run(budgets=[Budget(llm_calls=1)]):
+        assert aio(model.ainvoke("Hello")) == "sorry"
+    assert run.summary().total.calls == 1
 
 
 # -- what its streams tell ------------------------------------------------------------------------------------------------

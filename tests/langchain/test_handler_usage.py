@@ -470,6 +470,13 @@ def test_an_image_without_a_known_window_is_refused(provider, chat, watchdog):
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, True),
         ({"tools": [{"type": "function", "function": {}}]}, False),
         ({"tools": [{"name": "lookup", "input_schema": {}}]}, False),
+        ({"tools": [{"title": "Answer", "type": "object", "properties": {}}]}, False),
+        (
+            {"tools": [{"type": "namespace", "name": "crm", "tools": [{"type": "function", "name": "f"}, {"type": "custom"}]}]},
+            False,
+        ),
+        ({"tools": [{"type": "namespace", "name": "crm", "tools": [{"type": "function"}, {"type": "web_search"}]}]}, True),
+        ({"tools": [{"type": "namespace", "name": "crm"}]}, True),
         ({}, False),
     ],
 )

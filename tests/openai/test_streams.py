@@ -162,11 +162,63 @@ def test_a_stream_of_several_answers_is_counted_whole(chat, run, n):
 @pytest.mark.slow
 def test_a_stream_that_is_dropped_is_charged_when_the_collector_finds_it(api, run, slow):
     stream = api.ask(clevagent.guard(api.client()), stream=True)
-    next(iter(stream))
+    next(stream)
     assert run.summary().total.calls == 0
     del stream
     gc.collect()
     assert run.summary().calls_charged_at_bound == 1
+
+
+def leave(stream):
+    for _ in stream:
+        break
+
+
+def close(stream):
+    iterator = iter(stream)
+    next(iterator)
+    iterator.close()
+
+
+def throw(stream):
+    iterator = iter(stream)
+    next(iterator)
+    with pytest.raises(GeneratorExit):
+        iterator.throw(GeneratorExit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [leave, close, throw])
+def test_a_stream_whose_iterator_is_closed_is_charged_at_once_also_where_it_is_kept(api, run, slow, stop):
+    stream = api.ask(clevagent.guard(api.client()), stream=True)
+    stop(stream)
+    assert run.summary().calls_charged_at_bound == 1
+    assert run.watchdog.ledger.holds() == []
+    assert recorded(run) >= api.provider.billed_pico
+    # Whoever goes on reading it is charged what it did cost.
+    for _ in stream:
+        pass
+    assert run.summary().calls_charged_at_bound == 0
+    assert run.summary().total.calls == 1
+    assert recorded(run) == api.provider.billed_pico
+
+
+@pytest.mark.slow
+def test_an_async_stream_whose_iterator_is_closed_is_charged_too(api, run, slow, aio):
+    async def work():
+        async with clevagent.guard(api.aclient()) as client:
+            stream = await api.ask(client, stream=True)
+            iterator = aiter(stream)
+            await anext(iterator)
+            await iterator.aclose()
+            charged = run.summary().calls_charged_at_bound
+            async for _ in stream:
+                pass
+            return charged
+
+    assert aio(work()) == 1
+    assert run.summary().calls_charged_at_bound == 0
+    assert recorded(run) == api.provider.billed_pico
 
 
 @pytest.mark.slow
