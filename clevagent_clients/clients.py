@@ -30,7 +30,7 @@ from clevagent_providers.answers import Reader
 from clevagent_providers.failures import may_be_billed
 from clevagent_providers.outcomes import fail
 from clevagent_providers.requests import seconds_of
-from clevagent_providers.retries import arepeat, repeat
+from clevagent_providers.retries import arepeat, check_transport, repeat
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -547,6 +547,7 @@ class Clients:
         """
         if not isinstance(obj, self._classes):
             return None
+        check_transport(obj, "guard(client)")
         look_out()
         guarded: object = _guarded(obj, self._plan, watchdog, budgets, on_exceed)
         return guarded

@@ -18,6 +18,7 @@ from clevagent_core.calls import LLMCall
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.messages import items_of
 from clevagent_providers import requests
+from clevagent_providers.retries import check_transport
 
 _TIMEOUTS = ("request_timeout", "default_request_timeout", "timeout")
 """What models call the time after which they give an answer up."""
@@ -151,6 +152,7 @@ class OpenAIDialect(Dialect):
             root = fields.get(root_name) or getattr(fields.get(name), "_client", None)
             if root is None:
                 continue
+            check_transport(root, "guard(model)")
             if retries is None:
                 retries = root.max_retries
             root = root.with_options(max_retries=0)
@@ -192,6 +194,7 @@ class AnthropicDialect(Dialect):
         fields.pop("_client_params", None)
         for name in ("_client", "_async_client"):
             if name in fields:
+                check_transport(fields[name], "guard(model)")
                 fields[name] = fields[name].with_options(max_retries=0)
         fields["max_retries"] = 0
         return retries

@@ -28,8 +28,8 @@ from clevagent_core.tickets import Ticket
 from clevagent_langchain.failures import comes_from_a_callback
 from clevagent_langchain.gaps import fill, note_begun
 from clevagent_langchain.graphs import enter_node, is_pause, nodes_of, open_in_graph, put_in_place
+from clevagent_langchain.marks import asks_itself, root_run
 from clevagent_langchain.messages import items_of
-from clevagent_langchain.models import asks_itself, root_run
 from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
 from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached

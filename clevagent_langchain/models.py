@@ -53,6 +53,8 @@ from clevagent_core.tickets import Ticket
 from clevagent_langchain.dialects import Dialect, dialect_of
 from clevagent_langchain.failures import comes_from_a_callback
 from clevagent_langchain.graphs import aopen_in_graph, open_in_graph, put_in_place
+from clevagent_langchain.handler import ClevAgentCallbackHandler
+from clevagent_langchain.marks import GUARDED, Serialized, root_run
 from clevagent_langchain.results import Said, answer_of
 from clevagent_langchain.usage import from_llm_output, from_metadata
 from clevagent_providers.outcomes import fail, settle
@@ -63,22 +65,6 @@ if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
 logger = logging.getLogger("clevagent")
-
-GUARDED = "clevagent_guarded"
-"""The key by which a model's JSON tells that it is guarded, and with which budgets."""
-
-
-class _Serialized(dict[str, Any]):
-    """What callbacks get to see of a guarded model: equal to that of the plain one."""
-
-
-def asks_itself(serialized: object) -> bool:
-    """Tell by what a callback handler is given of a model whether that asks before each call itself."""
-    return isinstance(serialized, _Serialized) or (isinstance(serialized, dict) and GUARDED in serialized)
-
-
-root_run: ContextVar[Run | None] = ContextVar("clevagent_langchain_root_run", default=None)
-"""The run that a callback handler found for the call that is being made, for models that are guarded too."""
 
 _inside: ContextVar[_Inside | None] = ContextVar("clevagent_langchain_inside", default=None)
 """The call that this context is inside of."""
@@ -604,7 +590,7 @@ def _to_json(self: BaseChatModel) -> Any:
 
 def _serialized(self: BaseChatModel) -> dict[str, Any]:
     # What callbacks and caches get to see: that of the plain model.
-    return _Serialized(dumpd(_plain(self, _guard_of(self) or _state(self))))
+    return Serialized(dumpd(_plain(self, _guard_of(self) or _state(self))))
 
 
 @functools.cache
@@ -806,8 +792,6 @@ def _guard_one(guard: _Guard, fallback: Any) -> Any:
 
 def _asked_inside(guard: _Guard, function: RunnableLambda[Any, Any]) -> RunnableLambda[Any, Any]:
     """Let a handler ask before whatever model a function makes when it is called, and the guard's own budgets cover that."""
-    from clevagent_langchain.handler import ClevAgentCallbackHandler  # noqa: PLC0415 - it imports this module
-
     attached = function.with_config(callbacks=[ClevAgentCallbackHandler(watchdog=guard.watchdog)])
 
     @contextmanager

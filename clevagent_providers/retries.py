@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
+from clevagent_core.errors import UsageError
 from clevagent_providers.failures import is_transient, wait_before_retry
 
 T = TypeVar("T")
+
+
+def check_transport(client: Any, what: str) -> None:
+    """Refuse an SDK's client whose HTTP client sends requests again by itself, unseen. Told by the names of its transports' classes.
+
+    Raises:
+        UsageError: it does.
+
+    """
+    http = getattr(client, "_client", None)
+    mounted = getattr(http, "_mounts", None)
+    for transport in (getattr(http, "_transport", None), *(mounted.values() if isinstance(mounted, Mapping) else ())):
+        names = [kind.__name__ for kind in type(transport).__mro__]
+        if any("retry" in name.lower() or "retries" in name.lower() for name in names):
+            raise UsageError(
+                f"{what} was given an HTTP client whose transport ({names[0]}) sends requests again by itself: each may be billed, and no "
+                "budget would see it. Give it a plain transport, and max_retries= to the client: ClevAgent repeats then, each attempt with "
+                "a reservation of its own."
+            )
 
 
 def repeat(retries: int, error: Exception, attempt: Callable[[], T]) -> T:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from langchain_openai import ChatOpenAI
+from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
 import clevagent
-from clevagent import Budget
+from clevagent import Budget, UsageError
 from clevagent.testing import LoopbackProvider
 
 REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 10}
@@ -57,3 +58,31 @@ def test_the_same_asynchronously(url):
     with clevagent.run(budgets=[Budget(llm_calls=2)]) as run:
         asyncio.run(main())
     assert run.summary().total.calls == 2
+
+
+with OpenAI(api_key="test") as _plain:
+    Transport = type(_plain._client._transport)  # of httpx, or of httpx2
+
+
+class RetryTransport(Transport):
+    """As in httpx-retries, and many programs' own."""
+
+
+class Patient(RetryTransport):
+    pass
+
+
+@pytest.mark.parametrize("transport", [RetryTransport, Patient])
+@pytest.mark.parametrize("how", [lambda t: {"transport": t}, lambda t: {"mounts": {"all://": t}}], ids=["transport", "mounts"])
+def test_an_http_client_that_sends_again_by_itself_is_refused_with_the_way_that_works(provider, transport, how):
+    with DefaultHttpxClient(**how(transport())) as http:
+        client = OpenAI(api_key="test", base_url=provider.openai_url, http_client=http)
+        with pytest.raises(UsageError, match=rf"guard\(client\) .* \({transport.__name__}\).*max_retries="):
+            clevagent.guard(client)
+        with pytest.raises(UsageError, match=r"guard\(model\)"):
+            clevagent.guard(ChatOpenAI(model="gpt-4o", api_key="test", base_url=provider.openai_url, http_client=http))
+
+
+def test_a_transport_that_only_connects_again_is_fine(provider):
+    with DefaultHttpxClient(transport=Transport(retries=3)) as http:
+        clevagent.guard(OpenAI(api_key="test", base_url=provider.openai_url, http_client=http))
