@@ -242,12 +242,10 @@ def open_block(watchdog: Any, run: Any, activity: Activity | None = None, *, beg
 def _note_opener(frame: Frame, caller: FrameType) -> None:
     block = frame.block = frame.block or Block(_here.mark, current_task())
     block.by = _generator_in(caller)
-    found = _opener(caller)
-    if found is None:
-        return
-    (python,) = found
-    if python is None:
+    python, is_thrown_away = _opener(caller)
+    if is_thrown_away:
         _lost[frame] = None
+    if python is None:
         return
     block.opener, block.code = id(python), python.f_code
     _openers.setdefault(block.opener, []).append(frame)
@@ -515,24 +513,21 @@ def _resolved(watchdog: Any, run: Any, outer: Frame | None) -> Frame:
     return frame
 
 
-def _opener(python: FrameType | None) -> tuple[FrameType | None] | None:
-    """Find the generator that opens a block; ``None`` where no generator does.
-
-    A generator of ``None``: it is stepped by contextlib in a context that is thrown away.
-    """
+def _opener(python: FrameType | None) -> tuple[FrameType | None, bool]:
+    """Find the generator that opens a block, if one does; and whether contextlib steps it, in a context that is thrown away."""
     was_split = False
     while python is not None:
         if _is_generator(python.f_code):
             driver = python.f_back
             if driver is None or _kind_of(driver) != "splits":
-                return (python,)
+                return python, False
             python, was_split = driver, True
             continue
         kind = _kind_of(python)
         if kind not in ("splits", "ours"):
-            return (None,) if was_split and kind == "copies" else None
+            return None, was_split and kind == "copies"
         python = python.f_back
-    return None
+    return None, False
 
 
 def is_split(python: FrameType | None) -> bool:
