@@ -269,7 +269,7 @@ def leave(frame: Frame) -> None:
     block = frame.block
     if block is not None and (block.opener or _lost):
         _unlist(frame, block)
-    if _is_collecting():
+    if _latest.event is _of_each.start and _is_collecting():
         _note_left_behind(block)
         return
     top = _current.get()
@@ -278,8 +278,9 @@ def leave(frame: Frame) -> None:
         while top is not None and top is not frame and top.is_over:
             top = top.outer
     if top is frame:
-        _current.set(_past_what_is_over(frame.outer))
-    if block is not None and (top is not frame or not block.is_own()):
+        outer = frame.outer
+        _current.set(_past_what_is_over(outer) if outer is not None and outer.is_over else outer)
+    if block is not None and (top is not frame or (block.by and not block.is_own())):
         _note_left_behind(block)  # in this context, or in that which this one was copied from
     if frame.around is not None and frame.around.is_over:
         _cut(frame)
@@ -337,13 +338,24 @@ class _Latest:
 
     __slots__ = ("event",)
 
+    event: object
 
-_Latest.start = _Latest.stop = _Latest.event  # type: ignore[attr-defined]
-_latest = _Latest()
-_events = threading.local()
+
+class _OfEach:
+    """The latest event of each kind."""
+
+    __slots__ = ("start", "stop")
+
+    start: object
+    stop: object
+
+
+_Latest.start = _Latest.stop = _Latest.event  # type: ignore[attr-defined, misc]
+_latest, _of_each, _here_too = _Latest(), _OfEach(), threading.local()
+_latest.event, _of_each.start = None, object()  # nothing yet
 if sys.version_info < (3, 12):
-    # Both are called with (phase, info). No Python code runs in them: an exception of a signal handler would end there, unheard.
-    gc.callbacks += [functools.partial(setattr, _latest), functools.partial(setattr, _events)]
+    # They are called with (phase, info). No Python code runs in them: an exception of a signal handler would end there, unheard.
+    gc.callbacks += [functools.partial(setattr, events) for events in (_latest, _of_each, _here_too)]
 
 
 def _is_collecting() -> bool:
@@ -352,8 +364,7 @@ def _is_collecting() -> bool:
     Before CPython 3.12 that may be in the middle of a ``ContextVar.set``, which makes objects: a second ``set``, by what the collector
     closes, frees the mapping that the first one reads, and values are lost for good in this context and all that are copied from it.
     """
-    event = getattr(_latest, "event", None)
-    return event is not None and event is getattr(_events, "start", None)
+    return _latest.event is _of_each.start and _latest.event is getattr(_here_too, "start", None)
 
 
 def left_by(frames: list[Frame]) -> Frame:
