@@ -59,7 +59,7 @@ def content_bound(content: object) -> int:
         return 2 + sum(content_bound(part) + 2 for part in content)
     if isinstance(content, (bytes, bytearray)):
         return len(content)
-    if isinstance(content, (Mapping, list)):
+    if isinstance(content, (Mapping, list, float)):  # JSON writes Infinity where Python writes inf
         try:
             return text_bound(json.dumps(content, ensure_ascii=False, default=_plain))
         except (TypeError, ValueError, RecursionError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clevagent_core import bounds
@@ -79,6 +80,8 @@ def test_a_character_that_normalising_makes_many_counts_as_all_of_them():
 
 @pytest.mark.slow
 @given(JSON)
+@example(math.inf)
+@example([-math.inf, {"x": math.inf}])
 def test_a_nesting_is_bounded_by_the_bytes_of_its_json(content):
     for separators in ((",", ":"), (", ", ": ")):
         sent = json.dumps(content, ensure_ascii=False, separators=separators)
