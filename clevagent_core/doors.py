@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Generic, TypeVar
 
 from clevagent_core.bounds import is_opaque, rounds_of, runs_at_provider
 from clevagent_core.calls import LLMCall, ToolCall, Usage
@@ -14,6 +16,7 @@ from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
 from clevagent_core.watchdog import Watchdog
 
+Opened = TypeVar("Opened")
 _NOT_TOLD = object()
 _NOTHING = "null"
 """What a tool gave back that gave back ``None``, as a framework would write it for a model."""
@@ -116,7 +119,62 @@ class OpenToolCall:
         self._ticket.release()
 
 
-class LLMCallBlock:
+class _Block(ABC, Generic[Opened]):
+    """``with`` and ``async with`` around one call: asked for when the block is entered, ended when it is left, however that is."""
+
+    def __init__(self, watchdog: Callable[[], Watchdog], call: LLMCall | ToolCall) -> None:
+        self._watchdog = watchdog
+        self._call = call
+        self._ticket: Ticket | None = None
+
+    def __enter__(self) -> Opened:
+        """Check the call and hold what it could cost, or raise; may wait for held money."""
+        run = self._run()
+        try:
+            return self._entered(run.open(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # a signal handler's: the block is not entered, so nobody would tell what became of the call
+            run.abandon(self._call)
+            raise
+
+    async def __aenter__(self) -> Opened:
+        """Do what ``__enter__`` does, waiting without blocking the event loop."""
+        run = self._run()
+        try:
+            return self._entered(await run.aopen(self._call))
+        except ClevAgentError:
+            raise
+        except BaseException:  # as above, and a cancelled task
+            run.abandon(self._call)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the call, unless the block told what became of it."""
+        if self._ticket is not None:
+            self._left(self._ticket, error)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the call, unless the block told what became of it."""
+        self.__exit__(kind, error, traceback)
+
+    def _run(self) -> Run:
+        watchdog = self._watchdog()
+        place(self._call, frame_of(watchdog))
+        return watchdog.current_run()
+
+    @abstractmethod
+    def _entered(self, ticket: Ticket) -> Opened:
+        """Begin what goes on while the call does."""
+
+    @abstractmethod
+    def _left(self, ticket: Ticket, error: BaseException | None) -> None:
+        """End it, and the call."""
+
+
+class LLMCallBlock(_Block[OpenLLMCall]):
     """``with clevagent.llm_call(...) as call:`` and its async twin. One block is one call."""
 
     def __init__(
@@ -149,8 +207,7 @@ class LLMCallBlock:
             )
         tools = list(tools or ())
         items = list(input) if isinstance(input, (list, tuple)) else [input]
-        self._watchdog = watchdog
-        self._call = LLMCall(
+        call = LLMCall(
             model=model,
             input=items,
             tools=tools,
@@ -163,48 +220,7 @@ class LLMCallBlock:
             rounds=rounds_of({"tools": tools}),
             timeout_s=_seconds(timeout_s, "llm_call"),
         )
-        self._ticket: Ticket | None = None
-
-    def __enter__(self) -> OpenLLMCall:
-        """Check the call and hold what it could cost, or raise; may wait for held money."""
-        run = self._run()
-        try:
-            return self._entered(run.open(self._call))
-        except ClevAgentError:
-            raise
-        except BaseException:  # a signal handler's: the block is not entered, so nobody would tell what became of the call
-            run.abandon(self._call)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Charge the upper bound if nothing was told: the call may have been sent."""
-        if self._ticket is not None:
-            try:
-                uncover(self._ticket)
-            finally:
-                self._ticket.charge(error)
-
-    async def __aenter__(self) -> OpenLLMCall:
-        """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        run = self._run()
-        try:
-            return self._entered(await run.aopen(self._call))
-        except ClevAgentError:
-            raise
-        except BaseException:  # as above, and a cancelled task
-            run.abandon(self._call)
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Charge the upper bound if nothing was told: the call may have been sent."""
-        self.__exit__(kind, error, traceback)
-
-    def _run(self) -> Run:
-        watchdog = self._watchdog()
-        place(self._call, frame_of(watchdog))
-        return watchdog.current_run()
+        super().__init__(watchdog, call)
 
     def _entered(self, ticket: Ticket) -> OpenLLMCall:
         self._ticket = ticket
@@ -212,8 +228,14 @@ class LLMCallBlock:
         cover(ticket)
         return OpenLLMCall(ticket)
 
+    def _left(self, ticket: Ticket, error: BaseException | None) -> None:
+        try:
+            uncover(ticket)
+        finally:
+            ticket.charge(error)  # unless it was settled: it may have been sent
 
-class ToolCallBlock:
+
+class ToolCallBlock(_Block[OpenToolCall]):
     """``with clevagent.tool_call(...) as call:`` and its async twin. One block is one call."""
 
     def __init__(
@@ -226,54 +248,17 @@ class ToolCallBlock:
             raise UsageError(
                 f"tool_call(node={node!r}) is no name, so Budget(node=...) could not match it. Give text, or leave it out."
             )
-        self._watchdog = watchdog
-        self._call = ToolCall(tool=name, arguments=arguments, node=node, timeout_s=_seconds(timeout_s, "tool_call"))
-        self._ticket: Ticket | None = None
+        super().__init__(watchdog, ToolCall(tool=name, arguments=arguments, node=node, timeout_s=_seconds(timeout_s, "tool_call")))
         self._frame: Frame | None = None
-
-    def __enter__(self) -> OpenToolCall:
-        """Check the call, or raise."""
-        run = self._run()
-        try:
-            return self._entered(run.open(self._call))
-        except ClevAgentError:
-            raise
-        except BaseException:  # a signal handler's: the block is not entered, so nobody would tell what became of the call
-            run.abandon(self._call)
-            raise
-
-    async def __aenter__(self) -> OpenToolCall:
-        """Do what ``__enter__`` does, waiting without blocking the event loop."""
-        run = self._run()
-        try:
-            return self._entered(await run.aopen(self._call))
-        except ClevAgentError:
-            raise
-        except BaseException:  # as above, and a cancelled task
-            run.abandon(self._call)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Tell that the tool has run, unless the block told otherwise."""
-        if self._ticket is not None:
-            try:
-                if self._frame is not None:
-                    leave(self._frame)
-            finally:
-                self._ticket.settle(error=error)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Tell that the tool has run, unless the block told otherwise."""
-        self.__exit__(kind, error, traceback)
-
-    def _run(self) -> Run:
-        watchdog = self._watchdog()
-        place(self._call, frame_of(watchdog))
-        return watchdog.current_run()
 
     def _entered(self, ticket: Ticket) -> OpenToolCall:
         self._ticket = ticket
-        self._frame = open_block(ticket.run.watchdog, ticket.run, Activity("tool", self._call.tool))
+        self._frame = open_block(ticket.run.watchdog, ticket.run, Activity("tool", ticket.name))
         return OpenToolCall(ticket)
+
+    def _left(self, ticket: Ticket, error: BaseException | None) -> None:
+        try:
+            if self._frame is not None:
+                leave(self._frame)
+        finally:
+            ticket.settle(error=error)
