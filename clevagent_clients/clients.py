@@ -512,13 +512,16 @@ def _process_metered(base: Callable[..., Any], current: Callable[[], Callable[..
 
         @functools.wraps(base)
         async def aprocess(self: Any, **kwargs: Any) -> Any:
-            return tap_iterators(await current()(self, **_meter(kwargs)))
+            made = await current()(self, **_meter(kwargs))
+            return tap_iterators(made) if kwargs.get("stream") else made
 
         return aprocess
 
     @functools.wraps(base)
     def process(self: Any, **kwargs: Any) -> Any:
-        return tap_iterators(current()(self, **_meter(kwargs)))
+        made = current()(self, **_meter(kwargs))
+        # Not asked of a plain answer, which takes long to say that it has no such attribute.
+        return tap_iterators(made) if kwargs.get("stream") else made
 
     return process
 
