@@ -56,8 +56,8 @@ def fill() -> None:
         for models in (BaseChatModel, BaseLLM):
             _replace(models, "generate", _ending)
             _replace(models, "agenerate", _aending)
-        _replace(AsyncCallbackManager, "on_llm_start", _one_by_one)
-        _replace(AsyncCallbackManager, "on_chat_model_start", _one_by_one)
+        _replace(AsyncCallbackManager, "on_llm_start", functools.partial(_one_by_one, "prompts"))
+        _replace(AsyncCallbackManager, "on_chat_model_start", functools.partial(_one_by_one, "messages"))
         logging.getLogger("langchain_core.callbacks.manager").addFilter(_is_fault)
 
 
@@ -109,13 +109,12 @@ def _end(begun: Begun, error: BaseException, *, sent: bool) -> None:
             uncover(ticket)
 
 
-def _one_by_one(start: Callable[..., Awaitable[list[Any]]]) -> Callable[..., Awaitable[list[Any]]]:
-    """Tell inline handlers first, then the others, of one prompt after the other."""
+def _one_by_one(name: str, start: Callable[..., Awaitable[list[Any]]]) -> Callable[..., Awaitable[list[Any]]]:
+    """Tell inline handlers first, then the others, of one prompt after the other; ``name`` is that of the argument which has them."""
 
     @functools.wraps(start)
-    async def start_one_by_one(
-        self: AsyncCallbackManager, serialized: dict[str, Any], sent: Sequence[Any], run_id: Any = None, **kwargs: Any
-    ) -> list[Any]:
+    async def start_one_by_one(self: AsyncCallbackManager, serialized: dict[str, Any], *args: Any, **kwargs: Any) -> list[Any]:
+        sent, run_id = _two(args, kwargs, name)
         inline = [handler for handler in self.handlers if handler.run_inline]
         others = [handler for handler in self.handlers if not handler.run_inline]
         if not any(getattr(handler, "is_clevagents", False) for handler in inline):
@@ -131,6 +130,12 @@ def _one_by_one(start: Callable[..., Awaitable[list[Any]]]) -> Callable[..., Awa
         return managers
 
     return start_one_by_one
+
+
+def _two(args: Sequence[Any], kwargs: dict[str, Any], name: str) -> tuple[Sequence[Any], Any]:
+    """Take the prompts and the run id out of the arguments, however they were given."""
+    values = [*args]
+    return (values.pop(0) if values else kwargs.pop(name)), (values.pop(0) if values else kwargs.pop("run_id", None))
 
 
 def _only(manager: AsyncCallbackManager, handlers: list[BaseCallbackHandler]) -> AsyncCallbackManager:

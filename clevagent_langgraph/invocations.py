@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -331,7 +330,7 @@ def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mappi
     parent = watchdog.enclosing_run()
     tags = {"thread_id": str(thread_id)} if thread_id else None
     may_be_resumed = is_root and is_saved and bool(thread_id) and (input is None or isinstance(input, Command))
-    run_id = _id_inside(guard, outer) if not is_root and outer is not None and is_saved else uuid.uuid4().hex
+    run_id = _id_inside(guard, outer) if not is_root and outer is not None and is_saved else None
     run = watchdog.start_run(budgets=guard.budgets, tags=tags, parent=parent, run_id=run_id, resumable=is_saved)
     run.root.sees_tools = True
     invocation = Invocation(guard, watchdog, run, outer)
@@ -347,7 +346,8 @@ def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mappi
     invocation.is_paused = any(breaks)
     if is_root or outer is None:  # else that of the graph around it sees everything
         invocation.handler = ClevAgentGraphHandler(invocation)
-    invocation.config = _marked(config, run_id) if is_root and is_saved else config
+    # Without a thread LangGraph refuses to begin, and says so only where nothing else is configured.
+    invocation.config = _marked(config, run.run_id) if is_root and is_saved and thread_id else config
     return invocation
 
 

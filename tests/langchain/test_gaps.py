@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import uuid
 
 import pytest
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.callbacks.manager import AsyncCallbackManager
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
+from langchain_core.messages import HumanMessage, convert_to_messages
 
 from clevagent import Budget, BudgetExceeded
 from clevagent_langchain import ClevAgentCallbackHandler
@@ -64,8 +67,6 @@ def test_another_handler_hears_what_it_hears_without_ours(aio, watchdog, kind, k
 def ask(model, prompts, callbacks):
     sent = [[("human", prompt)] for prompt in prompts]
     if isinstance(model, FakeListChatModel):
-        from langchain_core.messages import convert_to_messages
-
         return model.agenerate([convert_to_messages(messages) for messages in sent], callbacks=callbacks)
     return model.agenerate(prompts, callbacks=callbacks)
 
@@ -79,12 +80,23 @@ def test_three_kinds_of_listeners_at_once_each_hear_one_start(aio, watchdog, kin
 
 @model_kinds
 def test_a_given_run_id_is_that_of_the_first_call(aio, watchdog, kind):
-    import uuid
-
     listener, run_id = Listens(), uuid.uuid4()
     config = {"callbacks": [listener, ClevAgentCallbackHandler(watchdog=watchdog())], "run_id": run_id}
     aio(MODELS[kind].ainvoke("x", config))
     assert {given for *_, given in listener.heard} == {run_id}
+
+
+@pytest.mark.parametrize(("start", "name"), [("on_llm_start", "prompts"), ("on_chat_model_start", "messages")])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_managers_are_called_with_the_arguments_that_they_have(aio, watchdog, start, name, by_name):
+    """Tracers and frameworks call them themselves."""
+    run_id = uuid.uuid4()
+    sent = ["x"] if name == "prompts" else [[HumanMessage("x")]]
+    listener = Listens()
+    manager = AsyncCallbackManager([listener, ClevAgentCallbackHandler(watchdog=watchdog())])
+    begin = getattr(manager, start)
+    made = aio(begin(serialized={}, run_id=run_id, **{name: sent}) if by_name else begin({}, sent, run_id))
+    assert [one.run_id for one in made] == [run_id] == [given for *_, given in listener.heard]
 
 
 @model_kinds
