@@ -2,6 +2,7 @@
 #   .venv         the newest clients of OpenAI and Anthropic, LangChain, LangGraph
 #   .venv-crewai  everything, with the older clients that CrewAI asks for
 #   .venv-oldest  the oldest versions that are supported
+#   .venv-peers, .venv-transparency  see bench-peers and transparency
 #   .nox          one for each version of Python; see noxfile.py
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +15,8 @@ OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
+TRANSPARENCY := .venv-transparency
+TRANSPARENCY_STAMP := $(TRANSPARENCY)/.installed
 
 # What runs in an environment depends on the versions in it only here.
 ADAPTERS := tests/crewai tests/langgraph tests/openai tests/anthropic tests/examples tests/docs tests/cli/test_demo.py
@@ -22,7 +25,7 @@ VERSION_BOUND := tests/core tests/ledger tests/heartbeat tests/langchain tests/a
 PARALLEL := -n auto --dist worksteal
 
 .PHONY: demo test test-fast test-newest test-crewai test-oldest test-versions test-python-3.13 lint install bench bench-instructions \
-	bench-peers clean
+	bench-peers transparency clean
 
 demo: $(CREWAI_STAMP)
 	$(CREWAI)/bin/clevagent demo
@@ -79,6 +82,11 @@ bench-peers: $(PEERS_STAMP)
 	$(PEERS)/bin/python -m benchmarks.peers.signs
 	$(PEERS)/bin/python -m benchmarks.results --readme
 
+# The unit tests of LangChain's packages, plainly and with ClevAgent attached: TRANSPARENCY_ARGS="langgraph --verbose" for a part.
+transparency: $(STAMP) $(TRANSPARENCY_STAMP)
+	$(BIN)/pytest tests/langchain/test_standard_suite.py
+	$(TRANSPARENCY)/bin/python scripts/transparency/compare.py $(TRANSPARENCY_ARGS)
+
 install: $(STAMP) $(CREWAI_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
@@ -94,8 +102,12 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt scripts/setup.sh
 	touch $@
 
 $(PEERS_STAMP): pyproject.toml constraints.txt benchmarks/peers/requirements.txt scripts/peers.sh
-	PYTHON=$(PYTHON) sh scripts/peers.sh $(PEERS)
+	PYTHON=$(PYTHON) sh scripts/peers.sh $(PEERS) benchmarks/peers/requirements.txt
+	touch $@
+
+$(TRANSPARENCY_STAMP): pyproject.toml constraints.txt scripts/transparency/requirements.txt scripts/peers.sh
+	PYTHON=$(PYTHON) sh scripts/peers.sh $(TRANSPARENCY) scripts/transparency/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CREWAI) $(OLDEST) $(PEERS) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CREWAI) $(OLDEST) $(PEERS) $(TRANSPARENCY) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
