@@ -31,6 +31,8 @@ PACKAGES = {
     "langgraph": "tests",
 }
 """The packages, and where their sdists keep unit tests."""
+PLUGINS = {"langchain-core": ["alone"]}
+"""What a suite needs of its environment, both ways."""
 FROM_OUTSIDE = re.compile(r"(CLEVAGENT|LANGCHAIN|LANGSMITH|LANGGRAPH|OPENAI|ANTHROPIC|PYTEST)_|PYTHONPATH$|CI$")
 """Settings and keys of whoever runs this, which the suites expect to be absent."""
 TEST_S = 120
@@ -119,7 +121,7 @@ def run(sdist: Path, package: str, tests: list[str], plugins: list[str], options
         command = [sys.executable, "-m", "pytest", f"@{chosen}", "--quiet", "--no-header", "--tb=short", "-n", options.processes]
         # Their own options ask for coverage and for durations. Benchmarks differ by nature.
         command += ["-o", "addopts=", "--benchmark-disable", "--disable-socket", "--allow-unix-socket", f"--timeout={TEST_S}"]
-        command += [argument for plugin in ("outcomes", *plugins) for argument in ("-p", plugin)]
+        command += [argument for plugin in ("outcomes", *PLUGINS.get(package, ()), *plugins) for argument in ("-p", plugin)]
         if not options.verbose:
             command += ["--no-summary"]
         is_cut_short = not finish(command, root, environment, options)
