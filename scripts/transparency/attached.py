@@ -8,10 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import wrapt
+from langchain_core.callbacks import CallbackManager
 
 import clevagent
 
 clevagent.init(attach=["langchain"])
+# The first callback manager makes the handler, which completes the attaching: before any test, so that no result hangs on their order.
+CallbackManager.configure()
 
 
 @wrapt.when_imported("langgraph.graph.state")

@@ -157,6 +157,9 @@ def compare(package: str, options: argparse.Namespace) -> Compared:
     found = Compared(package)
     found.plain = run(sdist, package, [PACKAGES[package]], [], options)
     found.guarded = run(sdist, package, [PACKAGES[package]], ["attached"], options)
+    if found.plain.total and not found.guarded.total:
+        found.note = "the guarded run did not start; --verbose shows why"
+        return found
     differing = sorted(found.plain.passed - found.guarded.passed)
     if found.guarded.is_cut_short or found.plain.is_cut_short:
         found.note = f"not finished within {options.limit} s"
@@ -199,7 +202,7 @@ def main() -> int:
     report(results)
     if not any(one.plain.total for one in results):
         return 2
-    return 1 if any(one.differing or one.guarded.is_cut_short for one in results) else 0
+    return int(any(one.differing or one.guarded.is_cut_short or not one.guarded.total for one in results if one.plain.total))
 
 
 if __name__ == "__main__":
