@@ -117,13 +117,16 @@ def _one_by_one(name: str, start: Callable[..., Awaitable[list[Any]]]) -> Callab
         sent, run_id = _two(args, kwargs, name)
         inline = [handler for handler in self.handlers if handler.run_inline]
         others = [handler for handler in self.handlers if not handler.run_inline]
-        if not any(getattr(handler, "is_clevagents", False) for handler in inline):
+        is_alone = len(self.handlers) == len(sent) == 1
+        if is_alone or not any(getattr(handler, "is_clevagents", False) for handler in inline):
             return await start(self, serialized, sent, run_id, **kwargs)
         managers = []
         for one in sent:
-            (manager,) = await start(_only(self, inline), serialized, [one], run_id, **kwargs)
-            if others:
-                await start(_only(self, others), serialized, [one], manager.run_id, **kwargs)
+            # Each inline handler by itself: LangChain makes the coroutines of all of them first.
+            for handlers in (*([handler] for handler in inline), others):
+                if handlers:
+                    (manager,) = await start(_only(self, handlers), serialized, [one], run_id, **kwargs)
+                    run_id = manager.run_id
             manager.handlers = self.handlers
             managers.append(manager)
             run_id = None

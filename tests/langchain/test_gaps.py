@@ -141,4 +141,8 @@ def test_where_one_of_several_is_refused_nothing_is_left_that_is_never_awaited(a
     handler = ClevAgentCallbackHandler(watchdog=watchdog(budgets=[Budget(llm_calls=1, per="lifetime")]))
     with pytest.raises(BudgetExceeded):
         aio(ask(MODELS[kind], ["x", "y", "z", "w"], [handler, Listens(), ListensAsync()]))
+    aio(ask(MODELS[kind], ["x"], [handler]))
+    inline = [Listens(run_inline=True), Listens(run_inline=True), ClevAgentCallbackHandler(watchdog=handler.watchdog)]
+    with pytest.raises(BudgetExceeded):
+        aio(ask(MODELS[kind], ["x"], [handler, *inline]))
     gc.collect()
