@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings",
         "ignore:Exception ignored in. <async_generator object AsyncResponseStream:pytest.PytestUnraisableExceptionWarning",
     )
+    # The same stream, one layer further out in HTTPX.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Exception ignored in. <async_generator object BoundAsyncStream:pytest.PytestUnraisableExceptionWarning"
+    )
     # The models' async clients are not closed by anybody: LangChain keeps them in a cache of its own.
     config.addinivalue_line("filterwarnings", "ignore:unclosed (transport|<socket):ResourceWarning")
 
