@@ -32,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     # The same stream, one layer further out in HTTPX.
     config.addinivalue_line(
-        "filterwarnings", "ignore:Exception ignored in. <async_generator object BoundAsyncStream:pytest.PytestUnraisableExceptionWarning"
+        "filterwarnings",
+        "ignore:Exception ignored in. <async_generator object BoundAsyncStream:pytest.PytestUnraisableExceptionWarning",
     )
     # The models' async clients are not closed by anybody: LangChain keeps them in a cache of its own.
     config.addinivalue_line("filterwarnings", "ignore:unclosed (transport|<socket):ResourceWarning")
