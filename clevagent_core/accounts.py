@@ -266,6 +266,8 @@ def _open(
             for old in [key for key, other in current.used.items() if other.ends_at <= now and not other.held]:
                 del current.used[old]
         current.used[key] = account
+        if is_own and current is anchor and anchor.ended_at is not None:
+            break  # those around it have told what it came to
     return account
 
 

@@ -1,6 +1,6 @@
 """The latch: a run that a budget has refused is refused again, whoever swallowed the exception.
 
-It is kept in this process, on the root run that was refused, and stops nobody else. A ceiling that was raised, or an account that was
+It is kept in this process, on the run tree that was refused, and stops nobody else. A ceiling that was raised, or an account that was
 reset, makes it void, also when another process did that to a shared ledger. What is resumed later is another run, and asked anew.
 """
 
@@ -21,7 +21,7 @@ class Latch:
 
 
 class Latches(dict[AccountKey, Latch]):
-    """The latches of one run tree, by account. Safe from any thread."""
+    """The latches of a run tree, or of a nested run that is over, by account. Safe from any thread."""
 
     def shut(self, refusal: Refusal) -> None:
         """Keep that an account has refused a call: all that it covers in this run tree is refused from now on."""

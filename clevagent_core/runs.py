@@ -31,7 +31,7 @@ from clevagent_core.tickets import Reservation, Ticket, Wait, Work, release_all,
 from clevagent_core.verdicts import Incident, Stop, Warn
 
 if TYPE_CHECKING:
-    from clevagent_core.ledger.account import Account, AccountKey, Balance
+    from clevagent_core.ledger.account import Account, AccountKey, Balance, Refusal
     from clevagent_core.plugins import Plugins
     from clevagent_core.watchdog import Watchdog
 
@@ -248,7 +248,13 @@ class Run:
 
     def is_latched(self, account: Account, balance: Balance) -> bool:
         """Check whether a budget has refused the run, and was not topped up since. ``balance`` was just read."""
-        return self.root.latches.is_shut(account, balance) or self.latches.is_shut(account, balance)
+        return any(run.latches.is_shut(account, balance) for run in self.chain())
+
+    def latch(self, refusal: Refusal) -> None:
+        """Refuse, from now on, all that a budget covers in this run tree, as it has refused a call."""
+        key = refusal.line.account.key
+        over = (run for run in self.chain() if run.ended_at is not None and key in run.accounts)
+        next(over, self.root).latches.shut(refusal)
 
     def remaining(self) -> Remaining:
         """Tell what the tightest budgets that cover the whole run leave it, calls in flight taken off; 0 where one has refused it."""

@@ -160,10 +160,11 @@ class BudgetGuard:
 
     def _reserve(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Hold | Refusal:
         watchdog = run.watchdog
-        if run.root.latches:
-            refusal = self._latched(run, ticket, found, amounts)
-            if refusal is not None:
+        around: Run | None = run
+        while around is not None:
+            if around.latches and (refusal := self._latched(around, ticket, found, amounts)) is not None:
                 return refusal
+            around = around.parent
         if watchdog.unrecorded:
             watchdog.record_waiting()
         return watchdog.ledger.reserve(
@@ -175,14 +176,14 @@ class BudgetGuard:
         )
 
     def _latched(self, run: Run, ticket: Ticket, found: Cover, amounts: Amounts) -> Refusal | None:
-        """Refuse what a budget covers that has refused this run before, whoever swallowed that."""
+        """Refuse what a budget covers that has refused a call of ``run`` before, whoever swallowed that."""
         if ticket.wraps_up:
             return None
         for line in found.lines:
             account = line.account
-            if line.enforced and account.key in run.root.latches and not account.closed:
+            if line.enforced and account.key in run.latches and not account.closed:
                 balance = run.watchdog.ledger.balance(account)
-                if run.root.latches.is_shut(account, balance):
+                if run.latches.is_shut(account, balance):
                     return Refusal(line, balance, amounts[line.unit], "latched")
         return None
 
@@ -294,7 +295,7 @@ class BudgetGuard:
         if refusal.reason != "latched" and run.watchdog.ledger.is_news(refusal):
             run.watchdog.tell(incident)
         if refusal.reason == "exhausted" and stops_run(run, budget):
-            run.root.latches.shut(refusal)
+            run.latch(refusal)
         action = action_of(run, budget)
         if not callable(action):
             return Stop(incident=incident), False

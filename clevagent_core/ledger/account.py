@@ -108,7 +108,7 @@ class Refusal(NamedTuple):
     needed: int
     reason: Literal["exhausted", "too_large", "busy", "latched"]
     """Why: what is left is too little; the call is larger than the whole ceiling; the room is merely held by calls in flight; or the
-    run was refused before, which its root knows (``Run.latches``), not the ledger."""
+    run was refused before, which the run tree knows (``Run.latches``), not the ledger."""
 
 
 class Notice(NamedTuple):

@@ -451,13 +451,19 @@ def test_no_block_of_ours_raises_where_its_generator_is_closed_in_another_task(c
     assert summary.by_tool.get("search") is None or summary.by_tool["search"].cost_usd == 0
 
 
+def _closes_a_collected_client(context):
+    """Whether this is about a client of an earlier test: the SDK's close themselves in whichever loop runs when they are collected."""
+    task = context.get("future")
+    return task is not None and task.get_coro().__qualname__ == "AsyncClient.aclose"
+
+
 def _complaints(in_loop, awaitable):
     """What the event loop was told to complain about."""
     complaints = []
 
     async def main():
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        loop.set_exception_handler(lambda _, context: None if _closes_a_collected_client(context) else complaints.append(context))
         try:
             await awaitable
             await asyncio.sleep(0)

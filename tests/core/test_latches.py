@@ -183,6 +183,28 @@ def test_a_nested_run_that_was_refused_stays_so_when_it_is_over(watch, spend):
         assert not run.latches
 
 
+@pytest.mark.parametrize("refused", ["outer", "inner", "both"])
+@pytest.mark.parametrize("over", ["before", "after"])
+def test_what_goes_on_in_a_refused_run_that_is_over_stays_refused(watch, spend, over, refused):
+    """A nested run, of which another thread or task is still a part: also a call for which there would be room."""
+    watchdog = watch()
+    with watchdog.run() as root:
+        outer = watchdog.start_run(budgets=[Budget(usd=0.05)], parent=root)
+        inner = watchdog.start_run(parent=outer)
+        spend(inner, 2)
+        if over == "before":
+            outer.end()
+        for run in {"outer": [outer], "inner": [inner], "both": [outer, inner]}[refused]:
+            assert refusal(spend, run, 4) in {"exhausted", "latched"}
+        outer.end()
+        for run in (inner, outer):
+            assert refusal(spend, run, 1) == "latched"
+            assert run.summary().budgets[0].latched
+        inner.end()
+        assert outer.summary().budgets[0].latched
+        spend(root)
+
+
 def test_a_summary_says_what_has_stopped_the_run(watch, spend):
     watchdog = watch(Budget(usd=0.05, per="day", name="daily"))
     with watchdog.run() as refused:

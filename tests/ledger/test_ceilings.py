@@ -531,6 +531,7 @@ def test_no_ceiling_is_passed_whatever_an_agent_does(examples: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # making a failing example small takes Hypothesis five minutes, and without it the failure tells nothing
 @pytest.mark.parametrize("examples", [100, 400])
 def test_no_ceiling_is_passed_in_a_file_whatever_an_agent_does(
     examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
