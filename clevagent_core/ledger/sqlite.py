@@ -238,20 +238,23 @@ class SqliteLedger:
 
     def settle(self, hold: Hold, amounts: Amounts) -> list[Notice]:
         """See :meth:`Ledger.settle`."""
-        if hold.state != "settled":
-            return self._close_hold(hold, "settled", amounts)
-        if self._closing:
-            self._catch_up()  # it was interrupted before it could be written
-        return []
+        return self._close_hold(hold, "settled", amounts) if hold.state != "settled" else self._closed_before()
 
     def release(self, hold: Hold) -> None:
         """See :meth:`Ledger.release`."""
         if hold.state == "open":
             self._close_hold(hold, "released", (0, 0, 0, 0, 0, 0))
+        else:
+            self._closed_before()
 
     def charge(self, hold: Hold) -> list[Notice]:
         """See :meth:`Ledger.charge`."""
-        return self._close_hold(hold, "charged", hold.amounts) if hold.state == "open" else []
+        return self._close_hold(hold, "charged", hold.amounts) if hold.state == "open" else self._closed_before()
+
+    def _closed_before(self) -> list[Notice]:
+        if self._closing:
+            self._catch_up()  # it was interrupted before it could be written
+        return []
 
     def expire(self, now: float) -> list[tuple[Hold, list[Notice]]]:
         """See :meth:`Ledger.expire`."""
