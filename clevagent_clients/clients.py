@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from clevagent_clients.metering import Meter, tap, tap_iterators
 from clevagent_core import default
+from clevagent_core.attempts import Attempt
 from clevagent_core.budgets import Budget, OnExceed, check_actions
 from clevagent_core.calls import LLMCall, Usage
 from clevagent_core.coverage import give_back, look_out, take
@@ -26,11 +27,10 @@ from clevagent_core.errors import ClevAgentError, UsageError
 from clevagent_core.frames import frame_of, place
 from clevagent_core.runs import Run
 from clevagent_core.tickets import Ticket
+from clevagent_providers import failures
 from clevagent_providers.answers import Reader
-from clevagent_providers.failures import may_be_billed
-from clevagent_providers.outcomes import fail
 from clevagent_providers.requests import seconds_of
-from clevagent_providers.retries import arepeat, check_transport, repeat
+from clevagent_providers.transports import check_transport
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -76,8 +76,8 @@ class Layer(NamedTuple):
     budgets: tuple[Budget, ...] = ()
 
 
-class _Attempt:
-    """One request on its way through one layer."""
+class _Request:
+    """One attempt on its way through one layer."""
 
     __slots__ = ("meter", "number", "options", "plan", "ticket", "watchdog")
 
@@ -91,40 +91,41 @@ class _Attempt:
         self.number = number
         self.meter: Meter | None = None
 
-    def ended(self) -> None:
-        """It came back. Without a response to read (a subclass of the user's has made one up), nobody else ends its ticket."""
-        if self.ticket is not None and self.meter is None:
-            self.ticket.charge()
-
 
 _PREPARE = "_copy_and_prepare"
 """Where anthropic (from 2.0 on) makes plain JSON of what the user gave: of objects, files and iterators that can be read once."""
 
-_attempts: ContextVar[tuple[_Attempt, ...]] = ContextVar("clevagent_client_attempts", default=())
+_requests: ContextVar[tuple[_Request, ...]] = ContextVar("clevagent_client_requests", default=())
 """The layers that the request being sent in this context has come through, outermost first."""
 
 
-class _Sending:
+class _Sending(Attempt["_Request", Any]):
     """What one layer does about one request, sync or async."""
 
-    __slots__ = ("_budgets", "_is_unbilled", "_number", "_options", "call", "failed", "outer", "plan", "retries", "run", "watchdog")
+    failures = failures
 
     def __init__(
-        self, layer: Layer, watchdog: Watchdog, client: Any, options: Any, plan: Plan, outer: tuple[_Attempt, ...]
+        self,
+        layer: Layer,
+        watchdog: Watchdog,
+        client: Any,
+        options: Any,
+        plan: Plan,
+        outer: tuple[_Request, ...],
+        base: Callable[..., Any],
     ) -> None:
         self.plan = plan
         self.watchdog = watchdog
         self.outer = outer
         self.run: Run = watchdog.current_run()
-        self.call = plan.call
-        place(self.call, frame_of(watchdog))
-        self.call.timeout_s = seconds_of(options.timeout, client.timeout)
+        self.asks = plan.call
+        place(self.asks, frame_of(watchdog))
+        self.asks.timeout_s = seconds_of(options.timeout, client.timeout)
         if not plan.is_priced and watchdog.settings.unknown_price == "allow":
-            self.call.opaque = False
+            self.asks.opaque = False
         self.retries = _retries(client, options)
-        self.failed: BaseException | None = None
-        """Why the request before, which another ticket covers, failed after it may have been billed."""
-        self._is_unbilled = False
+        self._base = base
+        """Sends a request, given its options and the layers it has come through."""
         self._budgets = layer.budgets
         self._number = 0
         self._options = copy.copy(options)
@@ -133,43 +134,52 @@ class _Sending:
             # One for all attempts, as the SDK does.
             self._options.idempotency_key = client._idempotency_key()  # noqa: SLF001 - the SDK's own, asked for by nothing public
 
-    def open(self) -> Ticket:
+    def open(self) -> _Request:
+        return self._begun(self._asked())
+
+    async def aopen(self) -> _Request:
+        return self._begun(await self._aasked())
+
+    def abandon(self) -> None:
+        self.run.abandon(self.asks)
+
+    def send(self, held: _Request) -> Any:
+        return self._base((*self.outer, held), held.options)
+
+    def settle(self, held: _Request, answer: Any) -> None:  # noqa: ARG002 - its body is read from the response
+        # Without a response to read (a subclass of the user's has made one up), nobody else ends its ticket.
+        if held.ticket is not None and held.meter is None:
+            held.ticket.charge()
+
+    def fail(self, held: _Request, error: BaseException) -> None:
+        if held.ticket is not None:
+            failures.fail(held.ticket, error)
+
+    def adapts(self, error: Exception) -> bool:
+        return self.plan.adapt(error)
+
+    def _asked(self) -> Ticket:
         try:
-            return self.run.open(self.call, self._budgets)
+            return self.run.open(self.asks, self._budgets)
         except UsageError as error:
             raise self.plan.explain(error) from None
 
-    async def aopen(self) -> Ticket:
+    async def _aasked(self) -> Ticket:
         try:
-            return await self.run.aopen(self.call, self._budgets)
+            return await self.run.aopen(self.asks, self._budgets)
         except UsageError as error:
             raise self.plan.explain(error) from None
 
-    def covered(self, covering: Ticket | None) -> _Attempt:
-        """Make one request that the ticket of whoever is around it covers, with no larger limit than that one was granted."""
-        self._is_unbilled = False
+    def _begun(self, ticket: Ticket) -> _Request:
         options = copy.copy(self._options)
-        asked, granted = self.call.max_output_tokens, covering.max_output_tokens if covering is not None else None
-        if asked is not None and granted is not None and granted < asked and self.call.clamp:
-            self._write(options, self.plan.body(granted))
-        return _Attempt(self.watchdog, options, self.plan, None, 0)
-
-    def covered_failed(self, error: BaseException) -> None:
-        """That ticket counts one request: one more is reserved before it is sent, for the one that may have been billed."""
-        self._is_unbilled = not may_be_billed(error)
-        self.failed = None if self._is_unbilled else error
-
-    def end(self, covering: Any) -> None:
-        """It is over. A ticket whose request was refused unbilled covers the next one."""
-        if self._is_unbilled and isinstance(covering, Ticket):
-            give_back(covering)
-
-    def attempt(self, ticket: Ticket) -> _Attempt:
-        options = copy.copy(self._options)
-        self._write(options, self.plan.body(ticket.max_output_tokens))
-        attempt = _Attempt(self.watchdog, options, self.plan, ticket, self._number)
+        try:
+            self._write(options, self.plan.body(ticket.max_output_tokens))
+        except BaseException:
+            ticket.release()
+            raise
+        request = _Request(self.watchdog, options, self.plan, ticket, self._number)
         self._number += 1
-        return attempt
+        return request
 
     @staticmethod
     def _write(options: Any, body: Mapping[str, Any] | None) -> None:
@@ -180,14 +190,65 @@ class _Sending:
                 options.content = None  # the same, as bytes
 
 
+class _Covered(_Sending):
+    """The same, where the ticket of whoever is around it covers the request: it counts one, and each further one is reserved here."""
+
+    def __init__(self, *given: Any, covering: Ticket | None) -> None:
+        super().__init__(*given)
+        self._covering = covering
+        self._failed: BaseException | None = None
+        """Why the request before failed after it may have been billed."""
+        self._is_unbilled = False
+
+    def open(self) -> _Request:
+        if self._failed is not None:
+            try:
+                self._asked().charge(self._failed)
+            except ClevAgentError as refusal:
+                raise refusal from self._failed
+        return self._covered()
+
+    async def aopen(self) -> _Request:
+        if self._failed is not None:
+            try:
+                (await self._aasked()).charge(self._failed)
+            except ClevAgentError as refusal:
+                raise refusal from self._failed
+        return self._covered()
+
+    def _covered(self) -> _Request:
+        """Make one request with no larger limit than that ticket was granted."""
+        self._is_unbilled = False
+        options = copy.copy(self._options)
+        asked, granted = self.asks.max_output_tokens, self._covering.max_output_tokens if self._covering is not None else None
+        if asked is not None and granted is not None and granted < asked and self.asks.clamp:
+            self._write(options, self.plan.body(granted))
+        return _Request(self.watchdog, options, self.plan, None, 0)
+
+    def fail(self, held: _Request, error: BaseException) -> None:  # noqa: ARG002 - it has no ticket
+        self._is_unbilled = not failures.may_be_billed(error)
+        self._failed = None if self._is_unbilled else error
+
+    def adapts(self, error: Exception) -> bool:  # noqa: ARG002 - what was added to the request is whoever's is around it
+        return False
+
+    async def _call(self, *, is_async: bool) -> Any:
+        try:
+            return await super()._call(is_async=is_async)
+        finally:
+            # A ticket whose request was refused unbilled covers the next one.
+            if self._is_unbilled and self._covering is not None:
+                give_back(self._covering)
+
+
 def _retries(client: Any, options: Any) -> int:
     retries = options.get_max_retries(client.max_retries)
     return retries if type(retries) is int and retries > 0 else 0
 
 
-def _outer(options: object) -> tuple[_Attempt, ...]:
+def _outer(options: object) -> tuple[_Request, ...]:
     """Find the layers that this request has come through; not those of another one that is being sent around it."""
-    outer = _attempts.get()
+    outer = _requests.get()
     return outer if outer and outer[-1].options is options else ()
 
 
@@ -204,49 +265,14 @@ def request(
     prepare = getattr(client, _PREPARE, None)
     if prepare is not None:
         options = prepare(options)
-    plan = layer.plan(client, options)
-    if plan is None:
-        default.note_asked(layer.watchdog)
-        return _send((), base, cast_to, options, args, kwargs)
-    watchdog = layer.watchdog or default.current()
-    covering = _covering(layer, watchdog, plan, outer)
-    sending = _Sending(layer, watchdog, client, options, plan, outer)
 
-    def covered_once() -> Any:
-        if sending.failed is not None:
-            try:
-                sending.open().charge(sending.failed)
-            except ClevAgentError as refusal:
-                raise refusal from sending.failed
-        attempt = sending.covered(covering)
-        try:
-            return _send((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
-        except BaseException as error:
-            sending.covered_failed(error)
-            raise
+    def send(requests: tuple[_Request, ...], options: Any) -> Any:
+        return _send(requests, base, cast_to, options, args, kwargs)
 
-    def attempt_once() -> Any:
-        ticket = sending.open()
-        attempt = _begin(sending, ticket)
-        try:
-            result = _send((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
-        except BaseException as error:
-            fail(ticket, error)
-            if isinstance(error, Exception) and plan.adapt(error):
-                return attempt_once()
-            raise
-        attempt.ended()
-        return result
-
-    once = attempt_once if covering is _NOT_COVERED else covered_once
-    try:
-        return once()
-    except Exception as error:
-        if not sending.retries:
-            raise
-        return repeat(sending.retries, error, once)
-    finally:
-        sending.end(covering)
+    sending = _sending(layer, client, options, outer, send)
+    if sending is None:
+        return send((), options)
+    return sending.call()
 
 
 async def arequest(
@@ -263,99 +289,66 @@ async def arequest(
     prepare = getattr(client, _PREPARE, None)
     if prepare is not None:
         options = await prepare(options)
+
+    async def send(requests: tuple[_Request, ...], options: Any) -> Any:
+        return await _asend(requests, base, cast_to, options, args, kwargs)
+
+    sending = _sending(layer, client, options, outer, send)
+    if sending is None:
+        return await send((), options)
+    return await sending.acall()
+
+
+def _sending(layer: Layer, client: Any, options: Any, outer: tuple[_Request, ...], send: Callable[..., Any]) -> _Sending | None:
+    """Read a request; ``None`` where it costs nothing."""
     plan = layer.plan(client, options)
     if plan is None:
         default.note_asked(layer.watchdog)
-        return await _asend((), base, cast_to, options, args, kwargs)
+        return None
     watchdog = layer.watchdog or default.current()
-    covering = _covering(layer, watchdog, plan, outer)
-    sending = _Sending(layer, watchdog, client, options, plan, outer)
-
-    async def covered_once() -> Any:
-        if sending.failed is not None:
-            try:
-                (await sending.aopen()).charge(sending.failed)
-            except ClevAgentError as refusal:
-                raise refusal from sending.failed
-        attempt = sending.covered(covering)
-        try:
-            return await _asend((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
-        except BaseException as error:
-            sending.covered_failed(error)
-            raise
-
-    async def attempt_once() -> Any:
-        ticket = await sending.aopen()
-        attempt = _begin(sending, ticket)
-        try:
-            result = await _asend((*outer, attempt), base, cast_to, attempt.options, args, kwargs)
-        except BaseException as error:
-            fail(ticket, error)
-            if isinstance(error, Exception) and plan.adapt(error):
-                return await attempt_once()
-            raise
-        attempt.ended()
-        return result
-
-    once = attempt_once if covering is _NOT_COVERED else covered_once
-    try:
-        return await once()
-    except Exception as error:
-        if not sending.retries:
-            raise
-        return await arepeat(sending.retries, error, once)
-    finally:
-        sending.end(covering)
-
-
-def _begin(sending: _Sending, ticket: Ticket) -> _Attempt:
-    try:
-        return sending.attempt(ticket)
-    except BaseException as error:
-        ticket.release(error if isinstance(error, Exception) else None)
-        raise
+    is_covered, covering = _covering(layer, watchdog, plan, outer)
+    if is_covered:
+        return _Covered(layer, watchdog, client, options, plan, outer, send, covering=covering)
+    return _Sending(layer, watchdog, client, options, plan, outer, send)
 
 
 def _send(
-    attempts: tuple[_Attempt, ...],
+    requests: tuple[_Request, ...],
     base: Callable[..., Any],
     cast_to: Any,
     options: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    token = _attempts.set(attempts)
+    token = _requests.set(requests)
     try:
         return base(cast_to, options, *args, **kwargs)
     finally:
-        _attempts.reset(token)
+        _requests.reset(token)
 
 
 async def _asend(
-    attempts: tuple[_Attempt, ...],
+    requests: tuple[_Request, ...],
     base: Callable[..., Awaitable[Any]],
     cast_to: Any,
     options: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    token = _attempts.set(attempts)
+    token = _requests.set(requests)
     try:
         return await base(cast_to, options, *args, **kwargs)
     finally:
-        _attempts.reset(token)
+        _requests.reset(token)
 
 
-_NOT_COVERED: Any = object()
-
-
-def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Attempt, ...]) -> Any:
-    """Find the ticket that covers the request; ``None`` where that of a layer around this one does."""
-    if any(attempt.watchdog is watchdog for attempt in outer):
-        return None
+def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Request, ...]) -> tuple[bool, Ticket | None]:
+    """Tell whether the request is covered, and by which ticket; ``None`` where by that of a layer around this one."""
+    if any(request.watchdog is watchdog for request in outer):
+        return True, None
     ticket = take(watchdog, plan.call.model)
     if ticket is None:
-        return _NOT_COVERED
+        return False, None
     if layer.budgets:
         give_back(ticket)
         names = ", ".join(repr(budget.label) for budget in layer.budgets)
@@ -364,7 +357,7 @@ def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Attemp
             "so these budgets would not see it, and it was refused before it was sent. Give the budgets to what the framework calls, "
             "clevagent.guard(model, budgets=[...]), or to clevagent.run(budgets=[...]) around it; and hand it the plain client."
         )
-    return ticket
+    return True, ticket
 
 
 # -- the answer -----------------------------------------------------------------------------------------------------------
@@ -372,21 +365,21 @@ def _covering(layer: Layer, watchdog: Watchdog, plan: Plan, outer: tuple[_Attemp
 
 def _meter(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Meter the response, once; give what the SDK makes its answer from."""
-    attempts = [attempt for attempt in _attempts.get() if attempt.ticket is not None]
+    requests = [request for request in _requests.get() if request.ticket is not None]
     meters = []
     # The innermost sees the body first: what it asked for, no layer around it knows.
-    for attempt in reversed(attempts):
-        if attempt.meter is None and attempt.ticket is not None:
-            reader = attempt.plan.reader()
+    for request in reversed(requests):
+        if request.meter is None and request.ticket is not None:
+            reader = request.plan.reader()
             if reader is None:
-                attempt.ticket.settle(Usage())
+                request.ticket.settle(Usage())
                 continue
-            attempt.meter = Meter(attempt.ticket, reader, hides_usage=attempt.plan.hides_usage)
-            meters.append(attempt.meter)
+            request.meter = Meter(request.ticket, reader, hides_usage=request.plan.hides_usage)
+            meters.append(request.meter)
     if meters:
         tap(kwargs["response"], meters)
-    if attempts and attempts[0].number:
-        kwargs["retries_taken"] = attempts[0].number
+    if requests and requests[0].number:
+        kwargs["retries_taken"] = requests[0].number
     return kwargs
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from clevagent_core.interrupts import is_interrupt
 from clevagent_core.tickets import Ticket
 from clevagent_providers.answers import Reader
-from clevagent_providers.outcomes import fail, settle
+from clevagent_providers.failures import fail
 
 logger = logging.getLogger("clevagent")
 
@@ -97,7 +97,7 @@ class Meter:
                 raise
             logger.debug("The answer of a provider cannot be read.", exc_info=True)
         if reader.is_final:
-            settle(self._ticket, reader.usage, reader.answer())
+            self._ticket.settle_by(reader.usage, reader.answer)
         elif error is None:
             self._ticket.charge()
         else:
@@ -140,7 +140,7 @@ class Meter:
         reader = self._reader
         if reader.is_final and not self._has_ended:
             self._has_ended = True
-            settle(self._ticket, reader.usage, reader.answer())
+            self._ticket.settle_by(reader.usage, reader.answer)
 
 
 def tap(response: Any, meters: Sequence[Meter]) -> None:

@@ -175,6 +175,10 @@ class Usage:
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
+class UnusableUsage(ValueError):
+    """A provider reported something that cannot be a token count."""
+
+
 @dataclass(slots=True, kw_only=True)  # not frozen, as Usage is not: every node makes one
 class Step:
     """One sign of progress: a finished call, node or task, or a ``ping()``. Not to be changed: observers share it."""

@@ -7,11 +7,13 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from clevagent_core.calls import Call, LLMCall, Step, Usage
+from clevagent_core.calls import Call, LLMCall, Step, UnusableUsage, Usage
 from clevagent_core.frames import Activity, Frame, current_task
 from clevagent_core.interrupts import is_interrupt
+from clevagent_core.verdicts import Incident
 
 if TYPE_CHECKING:
     from clevagent_core.pricing import Rates
@@ -209,6 +211,41 @@ class Ticket:
             run.tell_step(
                 hooks, plain_step("llm_call", call.model) if isinstance(call, LLMCall) else plain_step("tool_call", call.tool)
             )
+
+    def settle_by(self, usage_of: Callable[[], Usage | None], answer_of: Callable[[], object] | None = None) -> None:
+        """Settle to the usage that is read; to the upper bound where there is none, none that can be true, or reading fails.
+
+        ``usage_of`` may raise :class:`UnusableUsage`, which is told.
+        """
+        usage = result = None
+        try:
+            if answer_of is not None:
+                result = answer_of()
+            usage = usage_of()
+        except UnusableUsage as problem:
+            self.tell_unusable(problem)
+        except Exception as error:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
+            if is_interrupt(error):
+                self.charge(error, result=result)
+                raise
+            logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
+        self.settle(usage, result=result)
+
+    def tell_unusable(self, problem: UnusableUsage) -> None:
+        """Tell that a provider's report cannot be true, and that the call is charged its upper bound."""
+        run = self.run
+        run.watchdog.tell(
+            Incident(
+                kind="usage",
+                message=(
+                    f"The provider of {self.name!r} reported usage that cannot be a token count ({problem}), so the call is charged its "
+                    "upper bound. What is spent may be told too high; it is never told too low."
+                ),
+                agent=run.watchdog.settings.agent,
+                run_id=run.run_id,
+                at=run.watchdog.clock.wall(),
+            )
+        )
 
     def release(self, error: BaseException | None = None) -> None:
         """Tell that the call was not sent, or was refused by the provider unbilled: what it held is given back."""

@@ -16,7 +16,8 @@ from typing import Any, Self, cast
 
 from crewai.llms.base_llm import BaseLLM
 
-from clevagent_core.calls import LLMCall, Usage
+from clevagent_core.attempts import drive
+from clevagent_core.calls import LLMCall, UnusableUsage, Usage
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import Stopped
 from clevagent_core.tickets import Ticket
@@ -26,8 +27,7 @@ from clevagent_crewai.dialects import FALLBACKS, Dialect, limited
 from clevagent_crewai.gates import Gate, refuse
 from clevagent_crewai.usage import usage_of
 from clevagent_providers.failures import may_be_billed
-from clevagent_providers.outcomes import settle, tell_unusable
-from clevagent_providers.usage import UnusableUsage, add, from_error
+from clevagent_providers.usage import add, from_error
 
 logger = logging.getLogger("clevagent")
 
@@ -72,29 +72,24 @@ class Call:
 
     def open(self) -> None:
         """Ask everybody; give back what some have let through where another has not."""
-        self._is_inside()
-        try:
-            for gate in self.gates:
-                asks = again(self._asks) if self.tickets else self._asks
-                self.tickets.append(gate.run.open(asks, gate.extra, through=through_crews(gate.watchdog)))
-            self._opened()
-        except Exception as error:  # whose code: ours; what cannot be checked is not sent
-            failed = aborted_by(error, self.gates[len(self.tickets) % len(self.gates)].watchdog)
-            self._refused(failed)
-        except BaseException as error:
-            self._refused(error)
-            raise
-        else:
-            return
-        raise failed
+        drive(self._open(is_async=False))
 
     async def aopen(self) -> None:
         """Do what ``open`` does, waiting without blocking the event loop."""
+        await self._open(is_async=True)
+
+    async def _open(self, *, is_async: bool) -> None:
         self._is_inside()
         try:
             for gate in self.gates:
                 asks = again(self._asks) if self.tickets else self._asks
-                self.tickets.append(await gate.run.aopen(asks, gate.extra, through=through_crews(gate.watchdog)))
+                through = through_crews(gate.watchdog)
+                opened = (
+                    gate.run.aopen(asks, gate.extra, through=through)
+                    if is_async
+                    else gate.run.open(asks, gate.extra, through=through)
+                )
+                self.tickets.append(opened if isinstance(opened, Ticket) else await opened)
             self._opened()
         except Exception as error:  # whose code: ours; what cannot be checked is not sent
             failed = aborted_by(error, self.gates[len(self.tickets) % len(self.gates)].watchdog)
@@ -161,7 +156,7 @@ class Call:
             usage = usage_of(raw)
         except UnusableUsage as problem:
             for ticket in self.tickets:
-                tell_unusable(ticket, problem)
+                ticket.tell_unusable(problem)
             return
         if usage is None:
             return
@@ -215,7 +210,7 @@ class Call:
         """Tell what it used."""
         usage = add(self._used[:1])
         for ticket in self.tickets:
-            settle(ticket, lambda: usage, answer)
+            ticket.settle(usage, result=answer)
 
     def fail(self, error: BaseException) -> None:
         """Tell that it failed: settled where its usage was told, charged where it may have been billed, else released."""

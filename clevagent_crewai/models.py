@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from crewai.llms.base_llm import BaseLLM
 
 from clevagent_core import default
+from clevagent_core.attempts import Attempt, drive
 from clevagent_core.budgets import Budget
 from clevagent_core.calls import LLMCall
 from clevagent_core.errors import Stopped, UsageError
@@ -47,8 +48,7 @@ from clevagent_crewai.instructors import unwatch_instructors, watch_instructors
 from clevagent_crewai.scopes import open_scopes, put_back
 from clevagent_crewai.usage import answer_of
 from clevagent_crewai.works import works
-from clevagent_providers.failures import is_transient
-from clevagent_providers.retries import arepeat, repeat
+from clevagent_providers import failures
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -97,63 +97,127 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: s
     return args[index] if len(args) > index else kwargs.get(name)
 
 
+class _Asking(Attempt[Call, Any]):
+    """One call of a model, as CrewAI or the user makes it."""
+
+    def __init__(
+        self, model: BaseLLM, begun: tuple[list[Gate], LLMCall, Dialect], send: Callable[[BaseLLM], Any], *, is_async: bool
+    ) -> None:
+        """``send`` makes it, given the view of the model that it is made on."""
+        self.failures = _failures
+        self._model = model
+        self._gates, self._asks, self._dialect = begun
+        self._send = send
+        self._is_async = is_async
+        self._scopes: Any = None
+        self._has_failed = False
+
+    @property
+    def retries(self) -> int:  # type: ignore[override]  # worked out only where it matters: a client may have to be made for it
+        """How often the SDK would have repeated it."""
+        return _retries(self._model, self._dialect, self._is_async)
+
+    def _next(self) -> Call:
+        return Call(self._model, self._dialect, self._gates, again(self._asks) if self._has_failed else self._asks)
+
+    def open(self) -> Call:
+        """See :class:`Attempt`."""
+        this = self._next()
+        this.open()
+        return this
+
+    async def aopen(self) -> Call:
+        """See :class:`Attempt`."""
+        this = self._next()
+        await this.aopen()
+        return this
+
+    def abandon(self) -> None:
+        """See :class:`Attempt`."""
+        for gate in self._gates:
+            gate.run.abandon(self._asks)
+
+    def enter(self, this: Call) -> None:
+        """See :class:`Attempt`."""
+        self._scopes = open_scopes()
+        this.__enter__()
+
+    def send(self, this: Call) -> Any:
+        """See :class:`Attempt`."""
+        return self._send(view_of(this))
+
+    def leave(self, this: Call) -> None:
+        """See :class:`Attempt`."""
+        this.__exit__()
+
+    def settle(self, this: Call, answer: Any) -> None:
+        """See :class:`Attempt`."""
+        this.settle(answer_of(answer))
+
+    def fail(self, this: Call, error: BaseException) -> None:
+        """See :class:`Attempt`."""
+        this.fail(error)
+        put_back(self._scopes)
+        self._has_failed = True
+
+
+class _Failures:
+    """What errors mean: those of the SDKs, around which CrewAI's providers put their own words."""
+
+    def is_transient(self, error: BaseException) -> bool:
+        return failures.is_transient(root_of(error))
+
+    def wait_before_retry(self, state: Any) -> float:
+        return failures.wait_before_retry(state, root_of)
+
+
+_failures = _Failures()
+
+
+async def _called(
+    model: BaseLLM, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, is_async: bool
+) -> Any:
+    """Do what ``call`` does, or ``acall``."""
+
+    async def made(by: Callable[..., Any], *given: Any) -> Any:
+        answer = by(*given, *args, **kwargs)
+        return await answer if is_async else answer
+
+    if "_clevagent_call" in type(model).__dict__:
+        # A view: this call was asked for, once.
+        this = call_of(model)
+        this.begin_again()
+        try:
+            return await made(original, model)
+        except Exception as error:  # whose code: CrewAI's, the SDK's
+            this.failed = error
+            raise
+    begun = _begin(model, args, kwargs)
+    if begun is None:
+        return await made(original, model)
+    asking = _Asking(model, begun, lambda view: original(view, *args, **kwargs), is_async=is_async)
+    try:
+        return await asking.acall() if is_async else asking.call()
+    except Stopped as refusal:
+        # CrewAI reads what it came after, too, and tries again what came after a provider's 429.
+        refusal.__context__ = None
+        raise
+    except Exception as error:  # whose code: CrewAI's, the SDK's
+        told = error
+    for other in fallbacks_of(model, told):
+        try:
+            return await made(other.acall if is_async else other.call)
+        except Stopped:
+            raise
+        except Exception as error:  # whose code: as above
+            told = error
+    raise told
+
+
 def _guarding_call(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: BaseLLM, *args: Any, **kwargs: Any) -> Any:
-        if "_clevagent_call" in type(self).__dict__:
-            # A view: this call was asked for, once.
-            this = call_of(self)
-            this.begin_again()
-            try:
-                return original(self, *args, **kwargs)
-            except Exception as error:  # whose code: CrewAI's, the SDK's
-                this.failed = error
-                raise
-        begun = _begin(self, args, kwargs)
-        if begun is None:
-            return original(self, *args, **kwargs)
-        gates, asks, dialect = begun
-        last: list[Exception] = []
-
-        def attempt() -> Any:
-            this = Call(self, dialect, gates, again(asks) if last else asks)
-            this.open()
-            scopes = open_scopes()
-            try:
-                with this:
-                    result = original(view_of(this), *args, **kwargs)
-            except Exception as error:  # whose code: CrewAI's, the SDK's; told below, as the SDK raised it
-                this.fail(error)
-                put_back(scopes)
-                last[:] = [error]
-            except BaseException as error:
-                this.fail(error)
-                put_back(scopes)
-                raise
-            else:
-                this.settle(answer_of(result))
-                return result
-            raise root_of(last[0])
-
-        try:
-            return attempt()
-        except Exception as error:  # whose code: as above; it is raised below, as CrewAI made it
-            failed = error
-        retries = _retries(self, dialect, is_async=False) if is_transient(failed) else 0
-        if retries:
-            try:
-                return repeat(retries, failed, attempt)
-            except Exception as error:  # whose code: as above
-                failed = error
-        told = _told(last, failed)
-        for other in fallbacks_of(self, told):
-            try:
-                return other.call(*args, **kwargs)
-            except Stopped:
-                raise
-            except Exception as error:  # whose code: as above
-                told = error
-        raise told
+        return drive(_called(self, original, args, kwargs, is_async=False))
 
     vars(call)["_clevagent_original"] = original
     return call
@@ -162,72 +226,10 @@ def _guarding_call(original: Callable[..., Any]) -> Callable[..., Any]:
 def _guarding_acall(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(original)
     async def acall(self: BaseLLM, *args: Any, **kwargs: Any) -> Any:
-        if "_clevagent_call" in type(self).__dict__:
-            # A view: this call was asked for, once.
-            this = call_of(self)
-            this.begin_again()
-            try:
-                return await original(self, *args, **kwargs)
-            except Exception as error:  # whose code: CrewAI's, the SDK's
-                this.failed = error
-                raise
-        begun = _begin(self, args, kwargs)
-        if begun is None:
-            return await original(self, *args, **kwargs)
-        gates, asks, dialect = begun
-        last: list[Exception] = []
-
-        async def attempt() -> Any:
-            this = Call(self, dialect, gates, again(asks) if last else asks)
-            await this.aopen()
-            scopes = open_scopes()
-            try:
-                with this:
-                    result = await original(view_of(this), *args, **kwargs)
-            except Exception as error:  # whose code: CrewAI's, the SDK's; told below, as the SDK raised it
-                this.fail(error)
-                put_back(scopes)
-                last[:] = [error]
-            except BaseException as error:
-                this.fail(error)
-                put_back(scopes)
-                raise
-            else:
-                this.settle(answer_of(result))
-                return result
-            raise root_of(last[0])
-
-        try:
-            return await attempt()
-        except Exception as error:  # whose code: as above; it is raised below, as CrewAI made it
-            failed = error
-        retries = _retries(self, dialect, is_async=True) if is_transient(failed) else 0
-        if retries:
-            try:
-                return await arepeat(retries, failed, attempt)
-            except Exception as error:  # whose code: as above
-                failed = error
-        told = _told(last, failed)
-        for other in fallbacks_of(self, told):
-            try:
-                return await other.acall(*args, **kwargs)
-            except Stopped:
-                raise
-            except Exception as error:  # whose code: as above
-                told = error
-        raise told
+        return await _called(self, original, args, kwargs, is_async=True)
 
     vars(acall)["_clevagent_original"] = original
     return acall
-
-
-def _told(last: list[Exception], error: Exception) -> Exception:
-    """Give the error that CrewAI made of ``error``: it reads its own."""
-    if isinstance(error, Stopped):
-        # CrewAI reads what it came after, too, and tries again what came after a provider's 429.
-        error.__context__ = None
-        return error
-    return last[0] if last and root_of(last[0]) is error else error
 
 
 def _retries(model: BaseLLM, dialect: Dialect, is_async: bool) -> int:  # noqa: FBT001 - which of two clients

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clevagent_core.calls import Usage
-from clevagent_providers.usage import UnusableUsage
+from clevagent_core.calls import UnusableUsage, Usage
 
 _INPUT = ("prompt_tokens", "prompt_token_count", "input_tokens")
 _OUTPUT = ("completion_tokens", "candidates_token_count", "output_tokens")

@@ -18,7 +18,7 @@ from clevagent_core.calls import LLMCall
 from clevagent_core.tickets import Ticket
 from clevagent_langchain.messages import items_of
 from clevagent_providers import requests
-from clevagent_providers.retries import check_transport
+from clevagent_providers.transports import check_transport
 
 _TIMEOUTS = ("request_timeout", "default_request_timeout", "timeout")
 """What models call the time after which they give an answer up."""

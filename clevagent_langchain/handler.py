@@ -18,7 +18,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
 
 from clevagent_core import default
-from clevagent_core.calls import LLMCall, ToolCall, parts_of, path
+from clevagent_core.calls import LLMCall, ToolCall, Usage, parts_of, path
 from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import ClevAgentError
 from clevagent_core.frames import Activity, Frame, enter, frame_of, living
@@ -34,8 +34,7 @@ from clevagent_langchain.results import answer_of, tool_result
 from clevagent_langchain.tracker import Branch, Tracker, tracker_of
 from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached
 from clevagent_providers import requests
-from clevagent_providers.outcomes import fail, tell_unusable
-from clevagent_providers.usage import UnusableUsage
+from clevagent_providers.failures import fail
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
@@ -122,21 +121,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if ticket is None:
             return
         try:
-            reported = _reported(response)
-            if is_cached(reported):
-                ticket.release()
-                return
-            usage = from_metadata(reported)
-            ticket.settle(usage if usage is not None else from_llm_output(response.llm_output), result=answer_of(response))
-        except UnusableUsage as problem:
-            tell_unusable(ticket, problem)
-            ticket.settle(result=answer_of(response))
-        except Exception as error:  # whose code: ours, in the user's agent; the call is over, so its bound is charged
-            if is_interrupt(error):
-                ticket.charge(error)
-                raise
-            logger.exception("ClevAgent could not read what a call used; it is charged its upper bound.")
-            ticket.settle()
+            ticket.settle_by(lambda: _usage_of(response, ticket), lambda: answer_of(response))
         finally:
             uncover(ticket)
 
@@ -327,6 +312,14 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if ticket is not None:
             ticket.charge(error)
         tracker.end(run_id, error)
+
+
+def _usage_of(response: LLMResult, ticket: Ticket) -> Usage | None:
+    reported = _reported(response)
+    if is_cached(reported):
+        ticket.release()
+    usage = from_metadata(reported)
+    return usage if usage is not None else from_llm_output(response.llm_output)
 
 
 def _reported(response: LLMResult) -> Mapping[str, Any] | None:

@@ -21,6 +21,7 @@ from langgraph.types import Command
 
 from clevagent_core import default
 from clevagent_core.accounts import scopes
+from clevagent_core.attempts import drive
 from clevagent_core.budgets import UNITS, Budget, as_budgets
 from clevagent_core.errors import BudgetBusy, LoopDetected, Stopped, UsageError
 from clevagent_core.guards.loop import LoopGuard
@@ -151,34 +152,17 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
 
     def wrap_model_call(self, request: ModelRequest[Any], handler: ModelHandler) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """Send the call through a guarded copy of the model; end the agent when it is refused."""
-        seat = self._seat(request.state)
-        invocation = seat.invocation
-        self._check_tools(invocation, request)
-        request = request.override(model=self._guarded(request.model))
-        attempt = request
-        with inside(invocation.run):
-            while True:
-                if invocation.ending is not None:
-                    break
-                try:
-                    return self._answered(request, seat, handler(attempt))
-                except Stopped as stop:
-                    attempt = self._after_stop(invocation, request, stop)
-            written: AIMessage | None = None
-            if _may_write(invocation, request.model):
-                try:
-                    with invocation.run.wrap_up():
-                        written = written_closing(handler(closing_request(request, invocation.ending)), invocation.ending)
-                except Exception as error:  # whose code: the provider's, or a refusal: the plain text does not depend on either
-                    if is_interrupt(error):
-                        raise
-                    _tell_unwritten(error)
-        return self._closed(request, seat, invocation.ending, written)
+        return drive(self._model_call(request, handler, is_async=False))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """Do what ``wrap_model_call`` does, without blocking the event loop."""
+        return await self._model_call(request, handler, is_async=True)
+
+    async def _model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any], *, is_async: bool
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         seat = self._seat(request.state)
         invocation = seat.invocation
         self._check_tools(invocation, request)
@@ -189,14 +173,16 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
                 if invocation.ending is not None:
                     break
                 try:
-                    return self._answered(request, seat, await handler(attempt))
+                    response = handler(attempt)
+                    return self._answered(request, seat, await response if is_async else response)
                 except Stopped as stop:
                     attempt = self._after_stop(invocation, request, stop)
             written: AIMessage | None = None
             if _may_write(invocation, request.model):
                 try:
                     with invocation.run.wrap_up():
-                        written = written_closing(await handler(closing_request(request, invocation.ending)), invocation.ending)
+                        closing = handler(closing_request(request, invocation.ending))
+                        written = written_closing(await closing if is_async else closing, invocation.ending)
                 except Exception as error:  # whose code: the provider's, or a refusal: the plain text does not depend on either
                     if is_interrupt(error):
                         raise
@@ -207,32 +193,22 @@ class BudgetMiddleware(AgentMiddleware[WatchedState, Any, Any]):
 
     def wrap_tool_call(self, request: ToolCallRequest, handler: ToolHandler) -> Result:
         """Ask before a tool is run, and tell what came back."""
-        seat = self._seat(request.state)
-        run = seat.invocation.run
-        with inside(run, request.tool_call["name"]):
-            ticket: Ticket | None = None
-            try:
-                if needs_ticket(request, run.watchdog):
-                    ticket = open_in_graph(run, call_of(request, run.watchdog))
-                result = handler(request)
-            except BaseException as error:
-                fail(ticket, error)
-                if not isinstance(error, Stopped):
-                    raise
-                return self._refused(seat.invocation, request, error)
-        settle(ticket, result)
-        return result
+        return drive(self._tool_call(request, handler, is_async=False))
 
     async def awrap_tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[Result]]) -> Result:
         """Do what ``wrap_tool_call`` does, without blocking the event loop."""
+        return await self._tool_call(request, handler, is_async=True)
+
+    async def _tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Any], *, is_async: bool) -> Result:
         seat = self._seat(request.state)
         run = seat.invocation.run
         with inside(run, request.tool_call["name"]):
             ticket: Ticket | None = None
             try:
                 if needs_ticket(request, run.watchdog):
-                    ticket = await aopen_in_graph(run, call_of(request, run.watchdog))
-                result = await handler(request)
+                    call = call_of(request, run.watchdog)
+                    ticket = await aopen_in_graph(run, call) if is_async else open_in_graph(run, call)
+                result: Result = await handler(request) if is_async else handler(request)
             except BaseException as error:
                 fail(ticket, error)
                 if not isinstance(error, Stopped):

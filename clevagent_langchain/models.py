@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,98 +35,26 @@ from langchain_core.runnables import (
     RunnableSequence,
 )
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.configurable import RunnableConfigurableAlternatives
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 
 from clevagent_core import default
 from clevagent_core.budgets import Budget
-from clevagent_core.calls import LLMCall, Usage
-from clevagent_core.coverage import cover, uncover
 from clevagent_core.errors import UsageError
-from clevagent_core.frames import Standing, enter, entry, frame_of, leave
+from clevagent_core.frames import Standing, enter, entry, leave
 from clevagent_core.names import Known, check_known
-from clevagent_core.runs import Run
 from clevagent_core.streams import abelonging, belonging
-from clevagent_core.tickets import Ticket
-from clevagent_langchain.dialects import Dialect, dialect_of
-from clevagent_langchain.failures import comes_from_a_callback
-from clevagent_langchain.graphs import aopen_in_graph, open_in_graph, put_in_place
+from clevagent_langchain.attempts import Answering, AsyncStreaming, Guard, Streaming, is_inside, manager_of
+from clevagent_langchain.dialects import dialect_of
 from clevagent_langchain.handler import ClevAgentCallbackHandler
-from clevagent_langchain.marks import GUARDED, Serialized, root_run
-from clevagent_langchain.results import Said, answer_of
-from clevagent_langchain.usage import from_llm_output, from_metadata
-from clevagent_providers.outcomes import fail, settle
-from clevagent_providers.retries import arepeat, repeat
-from clevagent_providers.usage import add
+from clevagent_langchain.marks import GUARDED, Serialized
 
 if TYPE_CHECKING:
     from clevagent_core.watchdog import Watchdog
 
 logger = logging.getLogger("clevagent")
 
-_inside: ContextVar[_Inside | None] = ContextVar("clevagent_langchain_inside", default=None)
-"""The call that this context is inside of."""
-
 _GUARD = "_clevagent_guard"
-_MUTE = "stream_usage"
-"""What a provider has learnt nothing of: to tell the usage of a stream."""
-
-
-class _Inside:
-    """A guarded model's own method is running: some make ``_generate`` out of their ``_stream``, or the other way round.
-
-    Only the same call counts as that. What a callback, or a task that outlives it, asks the same model is a call of its own.
-    """
-
-    __slots__ = ("_before", "_model", "_run_id", "ticket")
-
-    def __init__(self, model: BaseChatModel, run_manager: Any, ticket: Ticket | None = None) -> None:
-        self._model: BaseChatModel | None = model
-        self._run_id = run_manager.run_id if run_manager is not None else None
-        self._before: _Inside | None = None
-        self.ticket = ticket
-        """Whose request the SDK's client sends: it does not count again where that is guarded too."""
-
-    def is_of(self, model: BaseChatModel, run_manager: Any) -> bool:
-        return self._model is model and (run_manager is None or run_manager.run_id == self._run_id)
-
-    def __enter__(self) -> None:
-        self._before = _inside.get()
-        _inside.set(self)
-        if self.ticket is not None:
-            cover(self.ticket)
-
-    def __exit__(self, *exception: object) -> None:
-        # Not by token: an asynchronous generator may be closed in another context than the one it ran in.
-        _inside.set(self._before)
-        if self.ticket is not None:
-            uncover(self.ticket)
-
-    def end(self) -> None:
-        self._model = None
-
-
-@dataclass(frozen=True)
-class _Guard:
-    """What a guarded model knows beside being a model."""
-
-    max_retries: object
-    """What the user's model has as ``max_retries``."""
-    budgets: tuple[Budget, ...]
-    watchdog: Watchdog | None
-    """The watchdog it was guarded with; ``None`` for the process's own, whichever that is when a call is made."""
-    dialect: Dialect
-    retries: int
-    """How many times a failed attempt is repeated."""
-    lost: tuple[str, ...] = ()
-    """The budgets that it was guarded with when it was written as JSON, where they cannot stand."""
-    learnt: set[str] = field(default_factory=set)
-    """What its provider has refused before."""
-
-    def __deepcopy__(self, memo: object) -> _Guard:
-        """A copy of the model has the same budgets, and the same watchdog."""
-        return self
 
 
 def guard_model(obj: object, watchdog: Watchdog | None, budgets: Sequence[Budget]) -> object | None:
@@ -210,7 +137,7 @@ def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Bud
         copy.__dict__.pop(name, None)
     retries = dialect.take_over_retries(model, copy)
     object.__setattr__(copy, "__class__", _guarded_class(type(model)))
-    _set_guard(copy, _Guard(getattr(model, "max_retries", None), budgets, watchdog, dialect, retries))
+    _set_guard(copy, Guard(getattr(model, "max_retries", None), budgets, watchdog, dialect, retries))
     if not dialect.is_known:
         logger.warning(
             "guard(%s): how this model takes an output limit is not known to ClevAgent, so none is sent with its calls (set one on "
@@ -220,11 +147,11 @@ def _guarded(model: BaseChatModel, watchdog: Watchdog | None, budgets: tuple[Bud
     return copy
 
 
-def _set_guard(model: BaseChatModel, guard: _Guard) -> None:
+def _set_guard(model: BaseChatModel, guard: Guard) -> None:
     object.__setattr__(model, "__pydantic_private__", {**(model.__pydantic_private__ or {}), _GUARD: guard})
 
 
-def _guard_of(model: BaseChatModel) -> _Guard | None:
+def _guard_of(model: BaseChatModel) -> Guard | None:
     return (model.__pydantic_private__ or {}).get(_GUARD)
 
 
@@ -275,7 +202,7 @@ def budgets_of(model: BaseChatModel) -> tuple[Budget, ...]:
     return guard.budgets if guard is not None else ()
 
 
-def _state(model: BaseChatModel) -> _Guard:
+def _state(model: BaseChatModel) -> Guard:
     guard = _guard_of(model)
     if guard is None:
         raise UsageError(
@@ -322,167 +249,77 @@ def _generate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._generate  # noqa: SLF001 - the method that is overridden
-    # No part of the request: what a model is sent is read from kwargs.
-    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
-    if _is_inside(self, run_manager):
-        return base(self, messages, stop=stop, **manager, **kwargs)
-    guard = _state(self)
-    run, call = _describe(self, guard, messages, kwargs, run_manager)
-
-    def attempt() -> ChatResult:
-        ticket = open_in_graph(run, call, guard.budgets)
-        inside = _Inside(self, run_manager, ticket)
-        try:
-            with inside:
-                result = base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
-        except BaseException as error:
-            _fail(ticket, error)
-            raise
-        finally:
-            inside.end()
-        settle(ticket, lambda: _usage_of(result), answer_of(result))
-        return result
-
+    if is_inside(self, run_manager):
+        return base(self, messages, stop=stop, **manager_of(base, run_manager), **kwargs)
+    asking = Answering(self, _state(self), base, messages, stop, run_manager, kwargs)
     try:
-        return attempt()
-    except Exception as error:
-        if not guard.retries:
-            raise
-        return repeat(guard.retries, error, attempt)
+        return asking.call()
+    finally:
+        asking.end()
 
 
 async def _agenerate(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> ChatResult:
     base = _base(self)._agenerate  # noqa: SLF001 - the method that is overridden
-    # No part of the request: what a model is sent is read from kwargs.
-    manager = {"run_manager": run_manager} if run_manager is not None and _takes_run_manager(base) else {}
-    if _is_inside(self, run_manager):
-        return await base(self, messages, stop=stop, **manager, **kwargs)
-    guard = _state(self)
-    run, call = _describe(self, guard, messages, kwargs, run_manager)
-
-    async def attempt() -> ChatResult:
-        ticket = await aopen_in_graph(run, call, guard.budgets)
-        inside = _Inside(self, run_manager, ticket)
-        try:
-            with inside:
-                result = await base(self, messages, stop=stop, **manager, **guard.dialect.with_limit(self, kwargs, ticket, call))
-        except BaseException as error:
-            _fail(ticket, error)
-            raise
-        finally:
-            inside.end()
-        settle(ticket, lambda: _usage_of(result), answer_of(result))
-        return result
-
+    if is_inside(self, run_manager):
+        return await base(self, messages, stop=stop, **manager_of(base, run_manager), **kwargs)
+    asking = Answering(self, _state(self), base, messages, stop, run_manager, kwargs)
     try:
-        return await attempt()
-    except Exception as error:
-        if not guard.retries:
-            raise
-        return await arepeat(guard.retries, error, attempt)
+        return await asking.acall()
+    finally:
+        asking.end()
 
 
 def _stream(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> Iterator[ChatGenerationChunk]:
     base = _base(self)._stream  # noqa: SLF001 - the method that is overridden
-    if _is_inside(self, run_manager):
+    if is_inside(self, run_manager):
         yield from base(self, messages, stop=stop, run_manager=run_manager, **kwargs)
         return
-    guard = _state(self)
-    run, call = _describe(self, guard, messages, kwargs, run_manager)
-    told = _Told(self, guard, kwargs, run_manager)
-    inside = _Inside(self, run_manager)
-
-    def attempt() -> tuple[Ticket, Iterator[ChatGenerationChunk], ChatGenerationChunk | None]:
-        """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
-        ticket = inside.ticket = open_in_graph(run, call, guard.budgets)
-        try:
-            with inside:
-                chunks = iter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, told.kwargs, ticket, call)))
-                return ticket, chunks, next(chunks, None)
-        except BaseException as error:
-            _fail(ticket, error)
-            if told.goes_without(error):
-                return attempt()
-            raise
-
+    asking = Streaming(self, _state(self), base, messages, stop, run_manager, kwargs)
+    chunks: Any = None
     try:
-        ticket, chunks, chunk = attempt()
-    except Exception as error:
-        if not guard.retries:
-            raise
-        ticket, chunks, chunk = repeat(guard.retries, error, attempt)
-    try:
-        while True:
-            if chunk is None:
-                break
-            shows = told.note(chunk)
-            ticket.touch()
-            if shows:
+        chunks, chunk = asking.call()
+        while chunk is not None:
+            if asking.note(chunk):
                 yield chunk
-            with inside:
-                chunk = next(chunks, None)
+            chunk = asking.next_of(chunks)
+        asking.read()
     except BaseException as error:
-        _broken_off(ticket, told, error)
-        _close(chunks)
+        asking.break_off(error)
+        if hasattr(chunks, "close"):
+            chunks.close()
         raise
     finally:
-        inside.end()
-    settle(ticket, told.usage, told.answer())
+        asking.end()
 
 
 async def _astream(
     self: BaseChatModel, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
 ) -> AsyncIterator[ChatGenerationChunk]:
     base = _base(self)._astream  # noqa: SLF001 - the method that is overridden
-    if _is_inside(self, run_manager):
+    if is_inside(self, run_manager):
         async for chunk in base(self, messages, stop=stop, run_manager=run_manager, **kwargs):
             yield chunk
         return
-    guard = _state(self)
-    run, call = _describe(self, guard, messages, kwargs, run_manager)
-    told = _Told(self, guard, kwargs, run_manager)
-    inside = _Inside(self, run_manager)
-
-    async def attempt() -> tuple[Ticket, AsyncIterator[ChatGenerationChunk], ChatGenerationChunk | None]:
-        """Open a stream up to its first chunk: what comes before it can be repeated, as the SDK would."""
-        ticket = inside.ticket = await aopen_in_graph(run, call, guard.budgets)
-        try:
-            with inside:
-                chunks = aiter(base(self, messages, stop=stop, **guard.dialect.with_limit(self, told.kwargs, ticket, call)))
-                return ticket, chunks, await anext(chunks, None)
-        except BaseException as error:
-            _fail(ticket, error)
-            if told.goes_without(error):
-                return await attempt()
-            raise
-
+    asking = AsyncStreaming(self, _state(self), base, messages, stop, run_manager, kwargs)
+    chunks: Any = None
     try:
-        ticket, chunks, first = await attempt()
-    except Exception as error:
-        if not guard.retries:
-            raise
-        ticket, chunks, first = await arepeat(guard.retries, error, attempt)
-    try:
-        while True:
-            if first is None:
-                break
-            shows = told.note(first)
-            ticket.touch()
-            if shows:
-                yield first
-            with inside:
-                first = await anext(chunks, None)
+        chunks, piece = await asking.acall()
+        while piece is not None:
+            if asking.note(piece):
+                yield piece
+            piece = await asking.anext_of(chunks)
+        asking.read()
     except BaseException as error:
-        _broken_off(ticket, told, error)
-        await _aclose(chunks)
+        asking.break_off(error)
+        if hasattr(chunks, "aclose"):
+            await chunks.aclose()
         raise
     finally:
-        inside.end()
-    settle(ticket, told.usage, told.answer())
+        asking.end()
 
 
 def _get_ls_params(self: BaseChatModel, stop: list[str] | None = None, **kwargs: Any) -> Any:
@@ -551,7 +388,7 @@ def _configurable_alternatives(self: BaseChatModel, which: Any, **kwargs: Any) -
     return _guard_fallbacks_of(_base(self).configurable_alternatives(self, which, **options, **alternatives))
 
 
-def _guarding_made(guard: _Guard, make: Callable[[], Any]) -> Callable[[], Any]:
+def _guarding_made(guard: Guard, make: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: _guard_all(guard, [make()])[0]
 
 
@@ -560,7 +397,7 @@ def _reduce(self: BaseChatModel, protocol: Any) -> tuple[Callable[..., object], 
     return _guard_again, (_plain(self, guard), guard.budgets, guard.lost)
 
 
-def _plain(model: BaseChatModel, guard: _Guard) -> BaseChatModel:
+def _plain(model: BaseChatModel, guard: Guard) -> BaseChatModel:
     """Make the model again that was guarded."""
     plain = model.model_copy()
     object.__setattr__(plain, "__class__", _base(model))
@@ -611,117 +448,6 @@ def guard_what_is_loaded() -> None:
 # -- what they share ------------------------------------------------------------------------------------------------------
 
 
-def _describe(
-    model: BaseChatModel, guard: _Guard, messages: Sequence[BaseMessage], kwargs: Mapping[str, Any], run_manager: Any
-) -> tuple[Run, LLMCall]:
-    watchdog = guard.watchdog or default.current()
-    frame = frame_of(watchdog)
-    if frame is not None:
-        run: Run | None = frame.run
-    else:
-        # A handler that is attached too knows the root invocation; it may be that of a call long over.
-        run = root_run.get()
-    if run is None or run.ended_at is not None or run.watchdog is not watchdog:
-        run = watchdog.current_run()
-    if run_manager is not None:
-        metadata = run_manager.metadata
-    else:
-        config = var_child_runnable_config.get()
-        metadata = config.get("metadata") if config else None
-    call = guard.dialect.describe(model, messages, kwargs)
-    put_in_place(call, frame, metadata)
-    return run, call
-
-
-def _is_inside(model: BaseChatModel, run_manager: Any) -> bool:
-    inside = _inside.get()
-    return inside is not None and inside.is_of(model, run_manager)
-
-
-def _fail(ticket: Ticket, error: BaseException) -> None:
-    # What somebody's handler raised, whatever it looks like, tells nothing of the request.
-    fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
-
-
-def _broken_off(ticket: Ticket, told: _Told, error: BaseException) -> None:
-    # The report comes last: a stream that was broken off before it may still be billed in full.
-    if told.is_final:
-        settle(ticket, told.usage)
-    else:
-        ticket.charge(error)
-
-
-def _close(chunks: object) -> None:
-    close = getattr(chunks, "close", None)
-    if close is not None:
-        close()
-
-
-async def _aclose(chunks: object) -> None:
-    aclose = getattr(chunks, "aclose", None)
-    if aclose is not None:
-        await aclose()
-
-
-class _Told:
-    """What a stream is asked to tell of its usage, and what its chunks have told so far."""
-
-    __slots__ = ("_guard", "_has_ended", "_hides_usage", "_parts", "_said", "is_final", "kwargs")
-
-    def __init__(self, model: BaseChatModel, guard: _Guard, kwargs: dict[str, Any], run_manager: Any) -> None:
-        self.kwargs = dict(kwargs) if _MUTE in guard.learnt else guard.dialect.with_stream_usage(model, kwargs)
-        """The keywords of the call, with which it is asked."""
-        self._guard = guard
-        self._hides_usage = self.kwargs.keys() != kwargs.keys()
-        """Whether the user has not asked for it."""
-        if run_manager is not None:
-            self.kwargs["run_manager"] = run_manager
-        self._parts: list[Mapping[str, Any]] = []
-        self._said = Said()
-        self._has_ended = False
-        self.is_final = False
-        """Whether the answer was over when its usage was told: some providers tell what there is so far with every chunk."""
-
-    def goes_without(self, error: BaseException) -> bool:
-        """Ask for no usage, if that is what the provider has refused, unbilled; tell whether it was."""
-        if not self._hides_usage or getattr(error, "status_code", None) not in {400, 422} or "stream_options" not in str(error):
-            return False
-        self._hides_usage = False
-        del self.kwargs["stream_usage"]
-        self._guard.learnt.add(_MUTE)
-        return True
-
-    def note(self, chunk: ChatGenerationChunk) -> bool:
-        """Take note of a chunk; tell whether whoever reads the stream gets to see it."""
-        message = chunk.message
-        self._said.note(message)
-        for info in (chunk.generation_info, message.response_metadata):
-            if info and (info.get("finish_reason") or info.get("stop_reason") or info.get("status")):
-                self._has_ended = True
-        metadata = getattr(message, "usage_metadata", None)
-        if metadata is not None:
-            self._parts.append(metadata)
-            self.is_final = self._has_ended and bool(metadata.get("output_tokens"))
-            if self._hides_usage:
-                message.usage_metadata = None  # type: ignore[attr-defined]  # an AIMessageChunk, which has it
-                return bool(message.content or message.additional_kwargs or chunk.generation_info or message.tool_call_chunks)  # type: ignore[attr-defined]  # as above
-        return True
-
-    def answer(self) -> object:
-        return self._said.answer()
-
-    def usage(self) -> Usage | None:
-        return add(usage for part in self._parts if (usage := from_metadata(part)) is not None)
-
-
-def _usage_of(result: ChatResult) -> Usage | None:
-    for generation in result.generations:
-        usage = from_metadata(generation.message.__dict__.get("usage_metadata"))
-        if usage is not None:
-            return usage
-    return from_llm_output(result.llm_output)
-
-
 def _guarding_fallbacks(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -767,7 +493,7 @@ def _wrapping_class(base: type[Any]) -> type[Any]:
     return _subclass(base, body)
 
 
-def _guard_within(runnable: Any) -> _Guard | None:
+def _guard_within(runnable: Any) -> Guard | None:
     if isinstance(runnable, BaseChatModel):
         return _guard_of(runnable)
     if isinstance(runnable, (RunnableSequence, RunnableParallel)):
@@ -780,17 +506,17 @@ def _guard_within(runnable: Any) -> _Guard | None:
     return _guard_within(runnable.runnable) if isinstance(runnable, RunnableWithFallbacks) else None
 
 
-def _guard_all(guard: _Guard, fallbacks: Sequence[Any]) -> list[Any]:
+def _guard_all(guard: Guard, fallbacks: Sequence[Any]) -> list[Any]:
     return [_guard_one(guard, fallback) for fallback in fallbacks]
 
 
-def _guard_one(guard: _Guard, fallback: Any) -> Any:
+def _guard_one(guard: Guard, fallback: Any) -> Any:
     if isinstance(fallback, (RunnableSequence, RunnableLambda)) and _is_guarded_throughout(fallback, guard.budgets):
         return _asked_inside(guard, fallback) if isinstance(fallback, RunnableLambda) else fallback
     return guard_model(fallback, guard.watchdog, guard.budgets) or fallback
 
 
-def _asked_inside(guard: _Guard, function: RunnableLambda[Any, Any]) -> RunnableLambda[Any, Any]:
+def _asked_inside(guard: Guard, function: RunnableLambda[Any, Any]) -> RunnableLambda[Any, Any]:
     """Let a handler ask before whatever model a function makes when it is called, and the guard's own budgets cover that."""
     attached = function.with_config(callbacks=[ClevAgentCallbackHandler(watchdog=guard.watchdog)])
 
@@ -837,11 +563,3 @@ def _is_guarded_throughout(runnable: Any, budgets: tuple[Budget, ...]) -> bool:
     else:
         return isinstance(runnable, (BasePromptTemplate, BaseOutputParser, RunnablePassthrough, RunnablePick))
     return all(_is_guarded_throughout(part, budgets) for part in parts)
-
-
-@functools.cache
-def _takes_run_manager(method: Callable[..., object]) -> bool:
-    from inspect import signature  # noqa: PLC0415 - once per class
-
-    parameters = signature(method).parameters
-    return "run_manager" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import email.utils
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from clevagent_core.calls import UnusableUsage
 from clevagent_core.errors import ClevAgentError
+from clevagent_providers.usage import from_error
 
 if TYPE_CHECKING:
     import tenacity
+
+    from clevagent_core.tickets import Ticket
 
 _NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "InvalidURL", "ProxyError"})
 """httpx errors that come before the first byte of a request has left."""
@@ -24,6 +28,25 @@ _GATEWAY = frozenset({408, 502, 504, 520, 521, 522, 523, 524})
 _RETRIED = frozenset({408, 409, 429})
 _FIRST_ERROR = 400
 _SERVER_ERROR = 500
+
+
+def fail(ticket: Ticket, error: BaseException, *, sent: bool | None = None) -> None:
+    """Release or charge a call that failed; settle it where the error itself carries usage.
+
+    Args:
+        ticket: the call's.
+        error: what it failed with.
+        sent: whether it may have been billed; worked out from ``error`` when not told.
+
+    """
+    try:
+        usage = from_error(error)
+    except UnusableUsage:
+        usage = None
+    if usage is not None:
+        ticket.settle(usage, error=error)
+    else:
+        ticket.fail(error, sent=may_be_billed(error) if sent is None else sent)
 
 
 def may_be_billed(error: BaseException) -> bool:
@@ -54,11 +77,16 @@ def is_transient(error: BaseException) -> bool:
     return any(base.__name__ in _CONNECTION for base in type(error).__mro__)
 
 
-def wait_before_retry(state: tenacity.RetryCallState) -> float:
-    """Tell how many seconds to wait: what the server asks for, up to a minute; else half a second, doubled, up to 8, with jitter."""
+def wait_before_retry(state: tenacity.RetryCallState, root_of: Callable[[BaseException], BaseException] | None = None) -> float:
+    """Tell how many seconds to wait: what the server asks for, up to a minute; else half a second, doubled, up to 8, with jitter.
+
+    ``root_of`` finds the SDK's error in what a framework made of it.
+    """
     import tenacity  # noqa: PLC0415 - off the hot path: only a failed call comes here
 
     error = state.outcome.exception() if state.outcome is not None else None
+    if error is not None and root_of is not None:
+        error = root_of(error)
     asked = _retry_after(error) if error is not None else None
     if asked is not None and 0 < asked <= 60:  # noqa: PLR2004 - as the SDKs do
         return asked

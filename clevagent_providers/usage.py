@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from clevagent_core.calls import Usage
-
-
-class UnusableUsage(ValueError):
-    """A provider reported something that cannot be a token count."""
+from clevagent_core.calls import UnusableUsage, Usage
 
 
 def from_openai(raw: Mapping[str, Any] | None) -> Usage | None:

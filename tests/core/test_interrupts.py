@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import clevagent_core
-from clevagent import Budget, BudgetExceeded, Stopped, Usage, hookimpl
-from clevagent_core.coverage import look_out
+from clevagent import Budget, BudgetExceeded, LLMCall, Stopped, Usage, hookimpl
+from clevagent_core.attempts import Attempt, drive
+from clevagent_core.coverage import cover, look_out, uncover
 from clevagent_core.doors import LLMCallBlock, ToolCallBlock
 from clevagent_core.interrupts import is_interrupt
 
@@ -337,10 +338,70 @@ def one_call(watchdog):
         call.settle(result="ok")
 
 
+class Asking(Attempt):
+    """What an adapter makes of a call, in as few words as can be."""
+
+    def __init__(self, watchdog, fails=()):
+        self.run = watchdog.process_run
+        self.asks = LLMCall(model="even", input=["hi"], max_output_tokens=9)
+        self.failures = self
+        self.fails = list(fails)
+        self.retries = len(self.fails)
+
+    def is_transient(self, error):
+        return isinstance(error, ConnectionError)
+
+    def wait_before_retry(self, state):
+        return 0
+
+    def open(self):
+        return self.run.open(self.asks)
+
+    async def aopen(self):
+        return await self.run.aopen(self.asks)
+
+    def abandon(self):
+        self.run.abandon(self.asks)
+
+    def enter(self, held):
+        cover(held)
+
+    def send(self, held):
+        if self.fails:
+            raise self.fails.pop()
+        return "ok"
+
+    def leave(self, held):
+        uncover(held)
+
+    def settle(self, held, answer):
+        held.settle(Usage(input_tokens=2, output_tokens=2), result=answer)
+
+    def fail(self, held, error):
+        held.charge(error)
+
+
+class Waiting(Asking):
+    async def send(self, held):
+        return super().send(held)
+
+
+def one_attempt(watchdog):
+    Asking(watchdog).call()
+    drive(Waiting(watchdog).acall())
+
+
+def a_repeated_attempt(watchdog):
+    Asking(watchdog, [ConnectionError()]).call()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="a trace function stands for no signal at the end of a round there")
+@pytest.mark.filterwarnings("ignore:.*was never awaited:RuntimeWarning")  # a coroutine that it lands in front of
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # this warning, where pytest collects it
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_wherever_it_lands_it_leaves_as_itself_and_nothing_stays_held(make, kind, tmp_path):
+@pytest.mark.parametrize("one_call", [one_call, one_attempt, a_repeated_attempt])
+def test_wherever_it_lands_it_leaves_as_itself_and_nothing_stays_held(make, one_call, kind, tmp_path):
     ledger = "memory" if kind == "memory" else f"sqlite:///{tmp_path / 'ledger.db'}"
     budgets = [
         Budget(usd=100, llm_calls=10**6, per="day", name="a"),

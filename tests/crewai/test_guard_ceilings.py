@@ -22,7 +22,7 @@ import clevagent
 from clevagent import Budget
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_providers import retries
+from clevagent_providers import failures
 
 TRIES, FITS = 50, 10
 PROMPT = "Write me a poem about the sea and the moon. " * 10
@@ -31,7 +31,7 @@ LIMIT = 400
 
 @pytest.fixture
 def fast_retries(monkeypatch):
-    monkeypatch.setattr(retries, "wait_before_retry", lambda state: 0.01)
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.01)
 
 
 class Setting:

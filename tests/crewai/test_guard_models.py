@@ -13,7 +13,7 @@ from pydantic import BaseModel
 import clevagent
 from clevagent import Budget, BudgetExceeded, UsageError
 from clevagent.testing import Reply
-from clevagent_providers import retries
+from clevagent_providers import failures
 
 KINDS = ["openai", "responses", "anthropic", "litellm", "custom"]
 every = pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +26,7 @@ def call(aio, model, is_async, prompt="Hello", **kw):
 
 @pytest.fixture
 def fast_retries(monkeypatch):
-    monkeypatch.setattr(retries, "wait_before_retry", lambda state: 0.01)
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.01)
 
 
 @every

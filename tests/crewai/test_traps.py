@@ -17,7 +17,7 @@ from clevagent import Budget, BudgetExceeded, Stopped, UsageError
 from clevagent.testing import Reply
 from clevagent_crewai import models as module
 from clevagent_crewai import step_callback
-from clevagent_providers import retries
+from clevagent_providers import failures
 
 
 @tool("lookup")
@@ -144,18 +144,18 @@ def test_listeners_see_the_models_events_as_before(provider, crew):
 @pytest.mark.parametrize("kind", ["openai", "anthropic", "litellm"])
 def test_throttled_twice_and_then_answered_is_one_call(provider, crew, llm, kind, monkeypatch):
     """CrewAI tells failures, some twice, and then a completion of it."""
-    failures = []
-    monkeypatch.setattr(retries, "wait_before_retry", lambda state: 0.01)
+    told = []
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.01)
     replies = iter([Reply(status=429), Reply(status=429), Reply()])
     # CrewAI asks Anthropic to count tokens first: without a limit, and free of charge.
     provider.reset(lambda body: next(replies) if "max_tokens" in body else Reply())
     with crewai_event_bus.scoped_handlers():
-        crewai_event_bus.on(LLMCallFailedEvent)(lambda source, event: failures.append(event))
+        crewai_event_bus.on(LLMCallFailedEvent)(lambda source, event: told.append(event))
         with clevagent.run(budgets=[Budget(usd=1)]) as run:
             clevagent.guard(crew(1, model=llm(kind, max_tokens=50))).kickoff()
         crewai_event_bus.flush(timeout=10)
     summary = run.summary()
-    assert failures or kind == "anthropic"
+    assert told or kind == "anthropic"
     sent = [request for request in provider.requests if "max_tokens" in request.body]
     assert (len(sent), summary.total.calls, summary.held_usd) == (3, 1, 0)
     assert Decimal(str(summary.total.cost_usd)) == provider.billed_usd

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clevagent_core.calls import Usage
+from clevagent_core.calls import UnusableUsage, Usage
 from clevagent_crewai.usage import answer_of, usage_of
-from clevagent_providers.usage import UnusableUsage
 
 COUNT = st.integers(0, 10**9)
 NAMES = (

@@ -27,7 +27,7 @@ from clevagent import Budget, BudgetExceeded
 from clevagent.testing import Reply
 from clevagent_core.money import PICO_PER_USD
 from clevagent_langchain import ClevAgentCallbackHandler
-from clevagent_providers import retries as clevagent_retries
+from clevagent_providers import failures
 
 TRIES = 50
 FITS = 10
@@ -106,7 +106,7 @@ def limited(kind, chat, anthropic, provider):
 
 @pytest.fixture
 def fast_retries(monkeypatch):
-    monkeypatch.setattr(clevagent_retries, "wait_before_retry", lambda state: 0.01)
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.01)
 
 
 def swallow(call):

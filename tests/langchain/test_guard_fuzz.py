@@ -19,7 +19,7 @@ import clevagent
 from clevagent import Budget
 from clevagent.testing import LoopbackProvider, Reply
 from clevagent_core.money import PICO_PER_USD
-from clevagent_providers import retries
+from clevagent_providers import failures
 
 TEXTS = [
     "Hello", "x" * 900, "\ufdfa" * 60, "\ufdfa", "😀" * 90, "👩‍👩‍👧‍👦" * 20, "e\u0301" * 100, "ﬃ" * 100, "한국어" * 40, "\U0001d15e" * 50, "\x01\x02" * 40,
@@ -200,7 +200,7 @@ class Worker:
 
 @pytest.fixture
 def _hush(monkeypatch):
-    monkeypatch.setattr(retries, "wait_before_retry", lambda state: 0.005)
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.005)
     logger = logging.getLogger("clevagent")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -18,10 +18,10 @@ from pydantic import BaseModel
 
 from clevagent import Budget, LLMCall, Price, Usage, UsageError, hookimpl
 from clevagent.testing import Reply
+from clevagent_core.calls import UnusableUsage
 from clevagent_langchain import ClevAgentCallbackHandler
 from clevagent_langchain.usage import from_llm_output, from_metadata, is_cached
 from clevagent_providers import requests
-from clevagent_providers.usage import UnusableUsage
 
 IN, OUT = 2_500_000, 10_000_000
 """What a token of gpt-4o costs, in pico-USD."""

@@ -8,7 +8,7 @@ import pytest
 
 import clevagent
 from clevagent import Budget
-from clevagent_langchain import ClevAgentCallbackHandler, handler, models
+from clevagent_langchain import ClevAgentCallbackHandler, attempts, handler
 
 MONEY = Budget(usd=1, per="lifetime")
 
@@ -32,7 +32,7 @@ def fire():
 def test_in_a_guarded_model_it_leaves_as_itself(chat, provider, watchdog, monkeypatch, fire, where):
     one = watchdog(budgets=[MONEY])
     model = clevagent.guard(chat(max_tokens=9, max_retries=2), watchdog=one)
-    monkeypatch.setattr(models, where, fire)
+    monkeypatch.setattr(attempts, where, fire)
     with pytest.raises(TimeLimitError):
         model.invoke("Hello")
     assert one.ledger.holds() == []
@@ -45,7 +45,7 @@ def test_in_a_guarded_model_it_leaves_as_itself(chat, provider, watchdog, monkey
 def test_in_the_stream_of_a_guarded_model_it_leaves_as_itself(chat, provider, watchdog, monkeypatch, fire):
     one = watchdog(budgets=[MONEY])
     model = clevagent.guard(chat(max_tokens=9, max_retries=2), watchdog=one)
-    monkeypatch.setattr(models._Told, "note", fire)
+    monkeypatch.setattr(attempts.Streaming, "note", fire)
     with pytest.raises(TimeLimitError):
         list(model.stream("Hello"))
     assert one.ledger.holds() == []

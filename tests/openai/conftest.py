@@ -17,7 +17,7 @@ from clevagent import Budget
 from clevagent.testing import LoopbackProvider
 from clevagent_core.money import PICO_PER_USD
 from clevagent_core.watchdog import Watchdog
-from clevagent_providers import retries as clevagent_retries
+from clevagent_providers import failures
 
 PROMPT = "Write me a poem about the sea and the moon. " * 10
 LIMIT = 400
@@ -145,7 +145,7 @@ def watchdog() -> Iterator[Callable[..., Watchdog]]:
 
 @pytest.fixture
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clevagent_retries, "wait_before_retry", lambda state: 0.01)
+    monkeypatch.setattr(failures, "wait_before_retry", lambda *_: 0.01)
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def collected_between_calls():
 @pytest.mark.parametrize("consume", [broken_off, closed, left, raised, dropped], ids=lambda call: call.__name__)
 def test_streams_that_are_broken_off_are_charged(api, held, collected_between_calls, consume):
     # One event at a time, so that what tells the usage has not come when the consumer stops.
-    api.provider.reset([Reply(text="word " * 50, chunks=50, chunk_delay_s=0.001)])
+    api.provider.reset([Reply(text="word " * 50, chunks=50, chunk_delay_s=0.02)])
     ceiling = FITS * (api.price() + 60 * api.rates[0])
     with held(ceiling) as run:
         client = clevagent.guard(api.client())
@@ -184,7 +184,7 @@ def test_streams_that_are_broken_off_are_charged(api, held, collected_between_ca
 
 @pytest.mark.slow
 def test_streams_that_are_cancelled_are_charged(api, held, aio):
-    api.provider.reset([Reply(text="word " * 50, chunks=50, chunk_delay_s=0.001)])
+    api.provider.reset([Reply(text="word " * 50, chunks=50, chunk_delay_s=0.02)])
 
     async def main():
         async with clevagent.guard(api.aclient()) as client:
