@@ -189,6 +189,9 @@ class _Sending(Attempt["_Request", Any]):
             if getattr(options, "content", None) is not None:
                 options.content = None  # the same, as bytes
 
+    def end(self) -> None:
+        """It is over, however it ended."""
+
 
 class _Covered(_Sending):
     """The same, where the ticket of whoever is around it covers the request: it counts one, and each further one is reserved here."""
@@ -232,13 +235,10 @@ class _Covered(_Sending):
     def adapts(self, error: Exception) -> bool:  # noqa: ARG002 - what was added to the request is whoever's is around it
         return False
 
-    async def _call(self, *, is_async: bool) -> Any:
-        try:
-            return await super()._call(is_async=is_async)
-        finally:
-            # A ticket whose request was refused unbilled covers the next one.
-            if self._is_unbilled and self._covering is not None:
-                give_back(self._covering)
+    def end(self) -> None:
+        """A ticket whose request was refused unbilled covers the next one."""
+        if self._is_unbilled and self._covering is not None:
+            give_back(self._covering)
 
 
 def _retries(client: Any, options: Any) -> int:
@@ -272,7 +272,10 @@ def request(
     sending = _sending(layer, client, options, outer, send)
     if sending is None:
         return send((), options)
-    return sending.call()
+    try:
+        return sending.call()
+    finally:
+        sending.end()
 
 
 async def arequest(
@@ -296,7 +299,10 @@ async def arequest(
     sending = _sending(layer, client, options, outer, send)
     if sending is None:
         return await send((), options)
-    return await sending.acall()
+    try:
+        return await sending.acall()
+    finally:
+        sending.end()
 
 
 def _sending(layer: Layer, client: Any, options: Any, outer: tuple[_Request, ...], send: Callable[..., Any]) -> _Sending | None:

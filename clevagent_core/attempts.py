@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Coroutine
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar
 
 from clevagent_core.errors import ClevAgentError
 
@@ -87,19 +87,21 @@ class Attempt(ABC, Generic[Held, Answer]):
             Stopped: it was refused, and not sent. Whatever the last attempt failed with.
 
         """
-        return drive(self._call(is_async=False))
-
-    async def acall(self) -> Answer:
-        """Do what ``call`` does, waiting without blocking the event loop."""
-        return await self._call(is_async=True)
-
-    async def _call(self, *, is_async: bool) -> Answer:
         try:
-            return await self._once(is_async=is_async)
+            return drive(self._once(is_async=False))
         except Exception as error:  # whose code: the SDK's; raised again unless that would have tried once more
             if not self.failures.is_transient(error) or not self.retries:
                 raise
-            return await self._repeat(error, is_async=is_async)
+            return drive(self._repeat(error, is_async=False))
+
+    async def acall(self) -> Answer:
+        """Do what ``call`` does, waiting without blocking the event loop."""
+        try:
+            return await self._once(is_async=True)
+        except Exception as error:  # whose code: as above
+            if not self.failures.is_transient(error) or not self.retries:
+                raise
+            return await self._repeat(error, is_async=True)
 
     async def _once(self, *, is_async: bool) -> Answer:
         try:
@@ -113,7 +115,7 @@ class Attempt(ABC, Generic[Held, Answer]):
             self.enter(held)
             try:
                 sent = self.send(held)
-                answer = await cast("Awaitable[Answer]", sent) if is_async else cast("Answer", sent)
+                answer: Answer = await sent if is_async else sent  # type: ignore[misc,assignment]  # as is_async says
             finally:
                 self.leave(held)
             self.settle(held, answer)
@@ -160,6 +162,6 @@ def drive(code: Coroutine[Any, Any, Answer]) -> Answer:
     try:
         code.send(None)
     except StopIteration as done:
-        return cast("Answer", done.value)
+        return done.value  # type: ignore[no-any-return]  # what the code returned
     code.close()
     raise RuntimeError("sync code has waited for an event loop")

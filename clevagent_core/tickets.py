@@ -212,16 +212,16 @@ class Ticket:
                 hooks, plain_step("llm_call", call.model) if isinstance(call, LLMCall) else plain_step("tool_call", call.tool)
             )
 
-    def settle_by(self, usage_of: Callable[[], Usage | None], answer_of: Callable[[], object] | None = None) -> None:
-        """Settle to the usage that is read; to the upper bound where there is none, none that can be true, or reading fails.
+    def settle_by(self, usage_of: Callable[..., Usage | None], answer_of: Callable[..., object] | None, *response: object) -> None:
+        """Settle to the usage that is read from ``response``; to the upper bound where there is none, or reading fails.
 
         ``usage_of`` may raise :class:`UnusableUsage`, which is told.
         """
         usage = result = None
         try:
             if answer_of is not None:
-                result = answer_of()
-            usage = usage_of()
+                result = answer_of(*response)
+            usage = usage_of(*response)
         except UnusableUsage as problem:
             self.tell_unusable(problem)
         except Exception as error:  # whose code: ours, in the user's agent; the call is over, so its bound is charged

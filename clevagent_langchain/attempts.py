@@ -157,7 +157,7 @@ class Answering(Asking[ChatResult]):
 
     def settle(self, ticket: Ticket, answer: ChatResult) -> None:
         """See :class:`Attempt`."""
-        ticket.settle_by(lambda: _usage_of(answer), lambda: answer_of(answer))
+        ticket.settle_by(_usage_of, answer_of, answer)
 
 
 def manager_of(base: Callable[..., Any], run_manager: Any) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class Streaming(Asking[tuple[Any, ChatGenerationChunk | None]]):
             return
         # The report comes last: a stream that was broken off before it may still be billed in full.
         if self._is_final:
-            ticket.settle_by(self._usage)
+            ticket.settle_by(self._usage, None)
         else:
             ticket.charge(error)
 

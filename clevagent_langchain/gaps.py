@@ -36,6 +36,7 @@ _begun: ContextVar[Begun | None] = ContextVar("clevagent_langchain_begun", defau
 """What the ``generate`` or ``agenerate`` around this context has begun."""
 _lock = threading.RLock()
 _filled: list[bool] = []
+_PLAIN = "_clevagent_plain"
 
 
 def note_begun(take: Callable[[], Ticket | None]) -> None:
@@ -61,6 +62,11 @@ def fill() -> None:
         logging.getLogger("langchain_core.callbacks.manager").addFilter(_is_fault)
 
 
+def plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Give ``generate`` or ``agenerate`` as LangChain has it, for models that ask for themselves: no handler begins a call of theirs."""
+    return vars(method).get(_PLAIN, method)  # type: ignore[no-any-return]  # put there below
+
+
 def _replace(kind: type[Any], name: str, wrap: Callable[[Any], Any]) -> None:
     setattr(kind, name, wrap(getattr(kind, name)))
 
@@ -80,6 +86,7 @@ def _ending(generate: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _begun.set(before)
 
+    vars(ending)[_PLAIN] = generate
     return ending
 
 
@@ -97,6 +104,7 @@ def _aending(agenerate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
         finally:
             _begun.set(before)
 
+    vars(aending)[_PLAIN] = agenerate
     return aending
 
 

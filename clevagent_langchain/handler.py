@@ -8,6 +8,7 @@ Checked with langchain-core 1.0 and 1.7.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         if ticket is None:
             return
         try:
-            ticket.settle_by(lambda: _usage_of(response, ticket), lambda: answer_of(response))
+            ticket.settle_by(functools.partial(_usage_of, ticket), answer_of, response)
         finally:
             uncover(ticket)
 
@@ -314,7 +315,7 @@ class ClevAgentCallbackHandler(BaseCallbackHandler):
         tracker.end(run_id, error)
 
 
-def _usage_of(response: LLMResult, ticket: Ticket) -> Usage | None:
+def _usage_of(ticket: Ticket, response: LLMResult) -> Usage | None:
     reported = _reported(response)
     if is_cached(reported):
         ticket.release()

@@ -46,6 +46,7 @@ from clevagent_core.names import Known, check_known
 from clevagent_core.streams import abelonging, belonging
 from clevagent_langchain.attempts import Answering, AsyncStreaming, Guard, Streaming, is_inside, manager_of
 from clevagent_langchain.dialects import dialect_of
+from clevagent_langchain.gaps import plain
 from clevagent_langchain.handler import ClevAgentCallbackHandler
 from clevagent_langchain.marks import GUARDED, Serialized
 
@@ -173,7 +174,8 @@ def _guarded_class(base: type[BaseChatModel]) -> type[BaseChatModel]:
         "_stream_chat_model_events": None,
         "_astream_chat_model_events": None,
     }
-    body |= {name: _entering(getattr(base, name)) for name in _ENTRIES}
+    body |= {name: _entering(plain(getattr(base, name))) for name in _ENTRIES}
+    body["generate"] = plain(base.generate)
     body |= {name: _made_here(getattr(base, name), make) for name, make in _STREAMS}
     methods = {"_agenerate": _agenerate, "_stream": _stream, "_astream": _astream}
     body |= {name: method for name, method in methods.items() if getattr(base, name) is not getattr(BaseChatModel, name)}
