@@ -11,7 +11,7 @@ from decimal import Decimal
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from inspect import iscoroutinefunction
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from clevagent_core.calls import Call, LLMCall, Path
 from clevagent_core.errors import UsageError
@@ -37,6 +37,14 @@ ACTION_NAMES = {"alert_only": "warn", "stop": "raise"}
 
 _MOST = 1_000_000_000
 """Above that neither seconds (31 years) nor multiples were meant as a limit."""
+
+_made: list[bool] = []
+"""Not empty once there was any budget in this process."""
+
+
+def any_made() -> bool:
+    """Tell whether anything in this process may be limited: a budget may stand on whatever is called, deep inside."""
+    return bool(_made)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +128,12 @@ class Budget:
                 raise UsageError(f"Budget({scope}={value!r}) names nothing. Give a non-empty string, or leave {scope} out.")
         if self.name is None:
             object.__setattr__(self, "name", self._describe())
+        _made[:] = [True]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come from another process."""
+        self.__dict__.update(state)
+        _made[:] = [True]
 
     def _check_of_run(self) -> None:
         for name, least, example in (("seconds", 0, "seconds=600"), ("baseline_multiple", 1, "baseline_multiple=5")):

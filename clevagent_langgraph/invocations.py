@@ -16,6 +16,7 @@ from langchain_core.tracers.context import register_configure_hook
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from langgraph.types import Command
 
+from clevagent_core.budgets import any_made
 from clevagent_core.errors import Stopped, UsageError
 from clevagent_core.frames import Standing, leave, stands
 from clevagent_core.names import check_known
@@ -346,8 +347,10 @@ def begin(graph: Any, guard: GraphGuard, input: Any, config: Any, options: Mappi
     invocation.is_paused = any(breaks)
     if is_root or outer is None:  # else that of the graph around it sees everything
         invocation.handler = ClevAgentGraphHandler(invocation)
-    # Without a thread LangGraph refuses to begin, and says so only where nothing else is configured.
-    invocation.config = _marked(config, run.run_id) if is_root and is_saved and thread_id else config
+    # Without a thread LangGraph refuses to begin, and says so only where nothing else is configured. Where nothing is limited and nobody
+    # listens, no later run has to go on with this one, and checkpoints are left as they are.
+    is_continued = any_made() or watchdog.settings.endpoint is not None
+    invocation.config = _marked(config, run.run_id) if is_root and is_saved and thread_id and is_continued else config
     return invocation
 
 

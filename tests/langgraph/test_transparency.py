@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TypedDict
 
 import pytest
@@ -65,3 +67,51 @@ def test_streams_nodes_and_callbacks_see_what_they_see_of_the_plain_graph(mode):
 def test_without_a_thread_it_says_what_the_plain_graph_says(graph):
     with pytest.raises(ValueError, match="thread_id"):
         graph[0].invoke({})
+
+
+MARKED = """
+import sys
+import subprocess
+import sys
+from typing import TypedDict
+import clevagent
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+
+
+class State(TypedDict, total=False):
+    x: int
+
+
+def told(guard):
+    graph = guard(StateGraph(State).add_node("node", lambda state: {"x": 1}).add_edge(START, "node").compile(checkpointer=InMemorySaver()))
+    config = {"configurable": {"thread_id": "t", "mine": 1}, "metadata": {"yours": 2}}
+    shown = [item[1].get("payload", item[1])["metadata"] for item in graph.stream({}, config, stream_mode=["checkpoints", "debug"])
+             if "metadata" in item[1].get("payload", item[1])]
+    return shown, [saved.metadata for saved in graph.checkpointer.list(config)]
+
+
+sys.path.insert(0, "")
+plain, guarded = told(lambda graph: graph), told(clevagent.guard)
+assert plain[0] and plain[1]
+print("same" if plain == guarded else "marked")
+print("clevagent_run" in guarded[1][0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limited", "marked"),
+    [
+        ("", False),
+        ("clevagent.Budget(usd=1)", True),
+        ("import copy, clevagent_core.budgets as b; x = clevagent.Budget(usd=1); b._made.clear(); copy.copy(x)", True),
+        ("clevagent.init(endpoint='http://127.0.0.1:9', api_key='k')", True),
+    ],
+    ids=["nothing", "a budget", "one from elsewhere", "a monitor"],
+)
+def test_checkpoints_are_left_as_they_are_where_no_run_has_to_go_on(limited, marked, tmp_path):
+    """In a process of its own, which has no budgets of other tests."""
+    program = MARKED.replace('sys.path.insert(0, "")', limited)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.stdout.split(), done.returncode) == ((["marked", "True"] if marked else ["same", "False"]), 0), done.stderr
