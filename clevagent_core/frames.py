@@ -207,7 +207,9 @@ def enter(watchdog: Any, run: Any, activity: Activity | None = None, *, begins: 
     ``begins`` says that its run may be another than that around it.
     """
     raw = _current.get()
-    if raw is None or _openers or raw.is_over or raw.watchdog is not watchdog or raw.run.ended_at is not None:
+    if raw is None and not _openers and not _has_pools:
+        frame = Frame(watchdog, run, None, activity, None)
+    elif raw is None or _openers or raw.is_over or raw.watchdog is not watchdog or raw.run.ended_at is not None:
         frame = _frame_here(watchdog, run, activity, raw)
     else:
         frame = Frame(watchdog, run, raw, activity, raw)
