@@ -163,5 +163,15 @@ def drive(code: Coroutine[Any, Any, Answer]) -> Answer:
         code.send(None)
     except StopIteration as done:
         return done.value  # type: ignore[no-any-return]  # what the code returned
-    code.close()
-    raise RuntimeError("sync code has waited for an event loop")
+    except RuntimeError as error:
+        # What a coroutine makes of a StopIteration; it is the user's, and leaves as itself, as from a function.
+        stop = error.__cause__
+        if not isinstance(stop, StopIteration) or error.args != _STOPPED:
+            raise
+    else:
+        code.close()
+        raise RuntimeError("sync code has waited for an event loop")
+    raise stop
+
+
+_STOPPED = ("coroutine raised StopIteration",)

@@ -263,3 +263,18 @@ def test_a_ceiling_in_tokens_still_needs_the_window_of_a_model_that_is_sent_an_i
     image = HumanMessage([{"type": "image", "url": "https://example.com/a.png"}])
     with pytest.raises(UsageError, match="cannot be bounded"):
         clevagent.guard(GenericFakeChatModel(messages=iter(["ok"]))).invoke([image])
+
+
+def test_an_iterator_that_is_used_up_inside_a_model_is_seen_as_with_the_plain_one(watchdog):
+    """``StopIteration``, which coroutines turn into something else."""
+    one = watchdog(budgets=[Budget(llm_calls=5, per="lifetime")], unknown_price="allow")
+
+    def told(guard):
+        model = guard(GenericFakeChatModel(messages=iter(["one"])))
+        assert model.invoke("Hi").content == "one"
+        with pytest.raises(StopIteration) as caught:
+            model.invoke("Hi")
+        return caught.value.args, caught.value.__context__, caught.value.__cause__
+
+    assert told(lambda model: model) == told(lambda model: clevagent.guard(model, watchdog=one)) == ((), None, None)
+    assert (one.ledger.holds(), one.process_run.summary().total.calls) == ([], 2)
