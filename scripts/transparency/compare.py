@@ -2,7 +2,8 @@
 
 Run by ``make transparency``, in an environment of its own. Needs the package index, and no other network.
 
-Exit status: 0 if every test that passes plainly passes guarded too, 1 if one does not, 2 if nothing could be run.
+Exit status: 0 if every test that passes plainly passes guarded too, but for those that are KNOWN; 1 if one does not, 2 if nothing could
+be run.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ PACKAGES = {
 """The packages, and where their sdists keep unit tests."""
 PLUGINS = {"langchain-core": ["alone"]}
 """What a suite needs of its environment, both ways."""
+KNOWN = {
+    "tests/unit_tests/runnables/test_config.py::test_merge_config_callbacks": (
+        "counts the handlers of a manager that LangChain itself has made; whatever its register_configure_hook() adds is one of them"
+    ),
+}
+"""The tests that differ for what attaching is, whoever attaches, each with the reason."""
 FROM_OUTSIDE = re.compile(r"(CLEVAGENT|LANGCHAIN|LANGSMITH|LANGGRAPH|OPENAI|ANTHROPIC|PYTEST)_|PYTHONPATH$|CI$")
 """Settings and keys of whoever runs this, which the suites expect to be absent."""
 TEST_S = 120
@@ -182,7 +189,7 @@ def report(results: list[Compared]) -> None:
     for one in results:
         if one.differing:
             print(f"\n{one.package}: pass plainly, fail guarded")
-            print("\n".join(f"  {test}" for test in one.differing))
+            print("\n".join(f"  {test}" + (f" (known: it {KNOWN[test]})" if test in KNOWN else "") for test in one.differing))
 
 
 def main() -> int:
@@ -202,7 +209,8 @@ def main() -> int:
     report(results)
     if not any(one.plain.total for one in results):
         return 2
-    return int(any(one.differing or one.guarded.is_cut_short or not one.guarded.total for one in results if one.plain.total))
+    found = (one for one in results if one.plain.total)
+    return int(any(not KNOWN.keys() >= {*one.differing} or one.guarded.is_cut_short or not one.guarded.total for one in found))
 
 
 if __name__ == "__main__":
