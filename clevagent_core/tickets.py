@@ -277,8 +277,8 @@ class Ticket:
 
     def _count_charge(self, bounds: list[int | None]) -> int | None:
         """Count what the call was charged, once."""
-        # Where nothing was held, because no budget covers the call, its bound was never worked out.
-        cost = max((bound for bound in bounds if bound is not None), default=None if self.rates is None else 0)
+        told = [bound for bound in bounds if bound is not None]
+        cost = max(told) if told else self._upper_bound()
         with _ticket_lock:
             # Its usage may have come in while it was being charged.
             if self._status != "charged" or self._is_charge_counted:
@@ -287,6 +287,18 @@ class Ticket:
             self._is_charge_counted = True
         self.run.count(self.call, _NO_USAGE, cost, charged=True, clamped=self.is_clamped)
         return cost
+
+    def _upper_bound(self) -> int | None:
+        """Work out what the call can cost at most, which nobody has where no budget covers it."""
+        call, rates, watchdog = self.call, self.rates, self.run.watchdog
+        if rates is None or not isinstance(call, LLMCall):
+            return None
+        tokens = watchdog.plugins.bound(call)
+        if tokens is None:
+            tokens = (call.context_window or rates.context_window or 0) * call.rounds
+        limit = self.max_output_tokens
+        output = (watchdog.settings.assume_output_tokens if limit is None else limit) * call.answers
+        return rates.upper_bound(tokens, output, audio=call.audio or call.opaque, writes_cache=call.writes_cache)
 
     def touch(self) -> None:
         """Tell that something of the answer has come in, and more is to follow: a stream that flows is not stalled."""

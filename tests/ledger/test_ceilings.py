@@ -467,6 +467,12 @@ class CeilingsMachine(RuleBasedStateMachine):
 
     def _charged(self, sent: Sent) -> None:
         sent.state, sent.amounts, sent.cost = "charged", sent.bound, sent.bound[0]
+        call = sent.ticket.call
+        if not sent.keys and isinstance(call, LLMCall):
+            # No budget covers it, so nothing was held: what it is recorded with is at least what it can have cost.
+            others = [other for other in self.sent if other is not sent and other.state in {"settled", "charged"}]
+            sent.cost = sent.run.cost_pico - sum(other.cost for other in others if sent.run in set(chain(other.run)))
+            assert sent.cost >= pico_cost(call.model, Usage(input_tokens=sent.most_input, output_tokens=sent.most_output))
 
     # -- what always holds ------------------------------------------------------------------------------------------------
 
