@@ -119,7 +119,7 @@ def _asked(prompt: str) -> dict[str, Any]:
 Caller = Model | Client
 
 
-@pytest.fixture(params=[Model, Client], ids=["model", "client"])
+@pytest.fixture(params=[pytest.param(Model, id="model"), pytest.param(Client, id="client", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> type[Caller]:
     return request.param
 

@@ -523,6 +523,7 @@ def test_a_small_ceiling_is_close_only_when_so_much_of_it_is_used(watch, heard, 
 # -- any order ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     ceiling=st.integers(1, 12),
     calls=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14), st.sampled_from(["spend", "spend", "top up"])), max_size=20),
