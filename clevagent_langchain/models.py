@@ -284,7 +284,9 @@ def _stream(
     chunks: Any = None
     try:
         chunks, chunk = asking.call()
-        while chunk is not None:
+        while True:
+            if chunk is None:
+                break
             if asking.note(chunk):
                 yield chunk
             chunk = asking.next_of(chunks)
@@ -310,7 +312,9 @@ async def _astream(
     chunks: Any = None
     try:
         chunks, piece = await asking.acall()
-        while piece is not None:
+        while True:
+            if piece is None:
+                break
             if asking.note(piece):
                 yield piece
             piece = await asking.anext_of(chunks)
