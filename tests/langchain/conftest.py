@@ -71,7 +71,7 @@ def anthropic(provider: LoopbackProvider) -> Callable[..., ChatAnthropic]:
     return make
 
 
-@pytest.fixture(params=["openai", pytest.param("responses", marks=pytest.mark.slow), "anthropic"])
+@pytest.fixture(params=["openai", *(pytest.param(api, marks=pytest.mark.slow) for api in ("responses", "anthropic"))])
 def make(
     request: pytest.FixtureRequest, chat: Callable[..., ChatOpenAI], anthropic: Callable[..., ChatAnthropic]
 ) -> Callable[..., Any]:

@@ -87,7 +87,7 @@ class Api:
         return len(prompt) * self.rates[0] + output * self.rates[1]
 
 
-@pytest.fixture(params=["chat", pytest.param("responses", marks=pytest.mark.slow), "messages"])
+@pytest.fixture(params=["chat", *(pytest.param(api, marks=pytest.mark.slow) for api in ("responses", "messages"))])
 def api(request: pytest.FixtureRequest, provider: LoopbackProvider) -> Api:
     return Api(request.param, provider)
 
