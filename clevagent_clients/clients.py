@@ -3,7 +3,7 @@
 Every entry point of such a client (create, parse, stream, raw responses, ``with_options``, whatever a new version adds) ends in
 ``request(cast_to, options, ...)`` of its base class, and each answer comes back through ``_process_response``. In the first an
 attempt is asked for, before it is sent; the second gives the HTTP response, whose body is metered. The SDK's own retries bill
-unseen, so they are set to 0 for each request and made here, each with a ticket of its own. What is read is ``options``, which is
+unseen, so they are set to 0 for each request and made by an ``Attempt``, each with a ticket of its own. What is read is ``options``, which is
 what is about to be sent, not what the user wrote. Checked with openai 1.109, 2.54 and 3.54, anthropic 0.69, 0.73 and 2.12.
 """
 
@@ -174,8 +174,8 @@ class _Sending(Attempt["_Request", Any]):
         options = copy.copy(self._options)
         try:
             self._write(options, self.plan.body(ticket.max_output_tokens))
-        except BaseException:
-            ticket.release()
+        except BaseException as error:
+            ticket.release(error if isinstance(error, Exception) else None)
             raise
         request = _Request(self.watchdog, options, self.plan, ticket, self._number)
         self._number += 1

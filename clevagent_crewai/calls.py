@@ -40,6 +40,7 @@ class Call:
     """One ``call`` of a model, from its first request to its last: what its view needs to know."""
 
     __slots__ = (
+        "_asking",
         "_asks",
         "_clients",
         "_has_delegated",
@@ -60,7 +61,7 @@ class Call:
         self.tickets: list[Ticket] = []
         self.fields: dict[str, object] = {}
         """Fields of the model that are others in this call."""
-        self._asks = asks
+        self._asks = self._asking = asks
         self._used: list[Usage] = []
         self._clients = 0
         self._has_delegated = False
@@ -82,7 +83,7 @@ class Call:
         self._is_inside()
         try:
             for gate in self.gates:
-                asks = again(self._asks) if self.tickets else self._asks
+                asks = self._asking = again(self._asks) if self.tickets else self._asks
                 through = through_crews(gate.watchdog)
                 opened = (
                     gate.run.aopen(asks, gate.extra, through=through)
@@ -94,12 +95,20 @@ class Call:
         except Exception as error:  # whose code: ours; what cannot be checked is not sent
             failed = aborted_by(error, self.gates[len(self.tickets) % len(self.gates)].watchdog)
             self._refused(failed)
-        except BaseException as error:
-            self._refused(error)
+        except BaseException:
+            self.abandon()
             raise
         else:
             return
         raise failed
+
+    def abandon(self) -> None:
+        """Give back what was let through, also that which nobody was given the ticket of."""
+        for ticket in self.tickets:
+            ticket.release()
+        self.tickets = []
+        for gate in self.gates:
+            gate.run.abandon(self._asking)
 
     def _is_inside(self) -> None:
         outer = _open_call.get()

@@ -109,6 +109,7 @@ class _Asking(Attempt[Call, Any]):
         self._gates, self._asks, self._dialect = begun
         self._send = send
         self._is_async = is_async
+        self._this: Call | None = None
         self._scopes: Any = None
         self._has_failed = False
 
@@ -118,7 +119,9 @@ class _Asking(Attempt[Call, Any]):
         return _retries(self._model, self._dialect, self._is_async)
 
     def _next(self) -> Call:
-        return Call(self._model, self._dialect, self._gates, again(self._asks) if self._has_failed else self._asks)
+        self._this = Call(self._model, self._dialect, self._gates, again(self._asks) if self._has_failed else self._asks)
+        self._scopes = open_scopes()
+        return self._this
 
     def open(self) -> Call:
         """See :class:`Attempt`."""
@@ -134,12 +137,11 @@ class _Asking(Attempt[Call, Any]):
 
     def abandon(self) -> None:
         """See :class:`Attempt`."""
-        for gate in self._gates:
-            gate.run.abandon(self._asks)
+        if self._this is not None:
+            self._this.abandon()
 
     def enter(self, this: Call) -> None:
         """See :class:`Attempt`."""
-        self._scopes = open_scopes()
         this.__enter__()
 
     def send(self, this: Call) -> Any:

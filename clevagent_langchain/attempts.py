@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-_inside: ContextVar[Asking[Any] | None] = ContextVar("clevagent_langchain_inside", default=None)
-"""The call that this context is inside of."""
+_inside: ContextVar[_Inside | None] = ContextVar("clevagent_langchain_inside", default=None)
+"""The attempt that this context is inside of."""
 _MUTE = "stream_usage"
 """What a provider has learnt nothing of: to tell the usage of a stream."""
 
@@ -62,6 +62,22 @@ class Guard:
     def __deepcopy__(self, memo: object) -> Guard:
         """A copy of the model has the same budgets, and the same watchdog."""
         return self
+
+
+class _Inside:
+    """One attempt that goes on. What it has begun, and what outlives it, has this in its context for ever."""
+
+    __slots__ = ("is_over", "model", "run_manager")
+
+    def __init__(self, model: BaseChatModel, run_manager: Any) -> None:
+        self.model = model
+        self.run_manager = run_manager
+        self.is_over = False
+
+    def is_of(self, model: BaseChatModel, run_manager: Any) -> bool:
+        if self.model is not model or self.is_over:
+            return False
+        return run_manager is None or (self.run_manager is not None and run_manager.run_id == self.run_manager.run_id)
 
 
 def is_inside(model: BaseChatModel, run_manager: Any) -> bool:
@@ -97,15 +113,9 @@ class Asking(Attempt[Ticket, Answer]):
         self._stop = stop
         self._kwargs = kwargs
         self._run_manager = run_manager
-        self._is_over = False
-        self._before: Asking[Any] | None = None
+        self._inside = _Inside(model, run_manager)
+        self._before: _Inside | None = None
         self._run, self._asks = _describe(model, guard, messages, kwargs, run_manager)
-
-    def is_of(self, model: BaseChatModel, run_manager: Any) -> bool:
-        """Tell whether a method of ``model`` is a part of this call."""
-        if self._model is not model or self._is_over:
-            return False
-        return run_manager is None or (self._run_manager is not None and run_manager.run_id == self._run_manager.run_id)
 
     def open(self) -> Ticket:
         """See :class:`Attempt`."""
@@ -121,8 +131,10 @@ class Asking(Attempt[Ticket, Answer]):
 
     def enter(self, ticket: Ticket) -> None:
         """See :class:`Attempt`. What the SDK's client sends does not count again where that is guarded too."""
+        if self._inside.is_over:
+            self._inside = _Inside(self._model, self._run_manager)
         self._before = _inside.get()
-        _inside.set(self)
+        _inside.set(self._inside)
         cover(ticket)
 
     def leave(self, ticket: Ticket) -> None:
@@ -133,12 +145,13 @@ class Asking(Attempt[Ticket, Answer]):
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
         """See :class:`Attempt`."""
+        self._inside.is_over = True
         # What somebody's handler raised, whatever it looks like, tells nothing of the request.
         failures.fail(ticket, error, sent=True if comes_from_a_callback(error) else None)
 
     def end(self) -> None:
         """It is over: what is asked of the model from here on is no part of it."""
-        self._is_over = True
+        self._inside.is_over = True
 
     def _sent(self, ticket: Ticket, kwargs: dict[str, Any]) -> Any:
         kwargs = self._guard.dialect.with_limit(self._model, kwargs, ticket, self._asks)
@@ -168,7 +181,8 @@ def manager_of(base: Callable[..., Any], run_manager: Any) -> dict[str, Any]:
 class Streaming(Asking[tuple[Any, ChatGenerationChunk | None]]):
     """One call that is answered in chunks, up to the first of them: what comes before it can be repeated, as the SDK would.
 
-    The chunks after it are got and read by whoever streams: ``note``, ``end_read`` or ``break_off``, and ``end``.
+    The chunks after it are got by whoever streams (``next_of`` or ``anext_of``), who tells what they are (``note``), how it ended
+    (``read`` or ``break_off``), and that it is over (``end``).
     """
 
     def __init__(self, *given: Any) -> None:

@@ -4,7 +4,7 @@ A guarded model is a copy of the user's, of a subclass made for its class, that 
 call goes (``_generate``, ``_agenerate``, ``_stream``, ``_astream``): after LangChain's cache was asked, and before anything is
 sent. There, unlike in a callback, the request can still be changed (the output limit is clamped to what is left), and each call
 has one beginning and one end, however it is cancelled. Retries inside the SDK bill each attempt, so the copy's are set to 0 and
-made here, each with a reservation of its own. Checked with langchain-core 1.0 and 1.7.
+made by an ``Attempt``, each with a reservation of its own. Checked with langchain-core 1.0 and 1.7.
 """
 
 from __future__ import annotations

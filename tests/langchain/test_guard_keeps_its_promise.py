@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import threading
 from decimal import Decimal
@@ -9,6 +10,7 @@ from decimal import Decimal
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
+from langchain_openai import ChatOpenAI
 from langchain_openai.chat_models.base import BaseChatOpenAI
 
 import clevagent
@@ -16,6 +18,7 @@ from clevagent import Budget, BudgetExceeded, UsageError
 from clevagent.integrations.langchain import ClevAgentCallbackHandler
 from clevagent.testing import LoopbackProvider, Reply
 from clevagent_core.ledger import memory
+from clevagent_providers import failures
 
 
 def spend(model, tries=20, **kwargs):
@@ -198,3 +201,44 @@ def test_a_message_object_in_the_plain_door_is_seen_for_what_it_holds():
     with clevagent.run(budgets=[Budget(input_tokens=10**9)]) as run:
         with clevagent.llm_call(model="gpt-4o", input=[picture], max_output_tokens=10):
             assert run.summary().budgets[0].held == 128_000
+
+
+class Hedging(ChatOpenAI):
+    """Asks the same once more beside the first request, by its own method."""
+
+    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
+        begun = self.metadata["begun"]
+        if not begun:
+            begun.append(contextvars.copy_context())
+        return super()._generate(messages, stop=stop, run_manager=run_manager, **kwargs)
+
+    async def _agenerate(self, messages, stop=None, run_manager=None, **kwargs):
+        begun = self.metadata["begun"]
+        if not begun:
+            begun.append(contextvars.copy_context())
+        return await super()._agenerate(messages, stop=stop, run_manager=run_manager, **kwargs)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_outlives_an_attempt_is_no_part_of_the_next(provider, monkeypatch, aio, is_async):
+    """What was begun in the first attempt asks while the second is waited for: it gets what is left, and the second is refused."""
+    begun, late = [], []
+    messages = [HumanMessage("Hi")]
+
+    def wait(*_):
+        late.append(begun[0].run(model._generate, messages))
+        return 0
+
+    monkeypatch.setattr(failures, "wait_before_retry", wait)
+    provider.reset([Reply(status=429), Reply()])
+    clevagent.init()
+    model = clevagent.guard(
+        Hedging(
+            model="gpt-4o", api_key="test", base_url=provider.openai_url, max_retries=1, max_tokens=50, metadata={"begun": begun}
+        )
+    )
+    with clevagent.run(budgets=[Budget(llm_calls=1)]) as run, pytest.raises(BudgetExceeded):
+        aio(model.ainvoke("Hi")) if is_async else model.invoke("Hi")
+    assert len(late) == 1
+    assert (provider.request_count, run.summary().total.calls) == (2, 1)
+    assert float(provider.billed_usd) == pytest.approx(run.summary().total.cost_usd)
